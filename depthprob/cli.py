@@ -1,0 +1,227 @@
+"""Command line: one command per task; 2 and one message for bad input, no half-written result."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import io
+from .config import METHODS, Config, check_sampling, read_config
+from .errors import InputError
+
+app = typer.Typer(
+    name="depthprob",
+    help="Column depths and atom numbers, with error bars, from focal series of annular dark-field images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the experiment.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no closing line.")]
+
+
+@contextlib.contextmanager
+def _input_errors() -> Iterator[None]:
+    """Print what is wrong with the input as one message and leave with status 2."""
+    try:
+        yield
+    except InputError as error:
+        typer.echo(f"depthprob: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _use_double_precision() -> None:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+
+
+def _settings(path: Path) -> Config:
+    config = read_config(path)
+    check_sampling(config)
+    return config
+
+
+def _check_output_file(path: Path | None) -> None:
+    """Refuse before the work what could not be written after it."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise InputError(
+            f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first."
+        )
+    if path.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: it is a folder. Give a file name.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(
+            f"cannot write {str(path)!r}: no permission to write in its folder. Give another."
+        )
+
+
+def _hand_over(result: dict, output: Path | None, quiet: bool = False) -> None:
+    """Result as JSON to a file, or to the standard output."""
+    if output is None:
+        typer.echo(json.dumps(io._plain(result), indent=2, ensure_ascii=False))
+    else:
+        io.write_json(output, result)
+        _say(f"wrote {output}", quiet)
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        typer.echo(text)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the results.")
+    ] = Path("depthprob-demo"),
+    quiet: Quiet = False,
+) -> None:
+    """Take the packaged stack through the whole pipeline."""
+    with _input_errors(), io.atomic_folder(output) as folder:
+        _use_double_precision()
+        from .reconstruction import pipeline
+
+        pipeline.demo(folder, quiet=quiet)
+    _say(f"open {output / 'report.html'}", quiet)
+
+
+@app.command()
+def simulate(
+    config: ConfigFile,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="STACK", help=".npz, .nc, .h5 or .tif")
+    ],
+    noise: Annotated[
+        bool, typer.Option("--noise/--no-noise", help="Poisson counts, or their expectation.")
+    ] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate the focal series of an isolated column or of a structure file."""
+    with _input_errors():
+        settings = _settings(config)
+        io.check_stack_name(output)
+        _check_output_file(output)
+        _use_double_precision()
+        from .reconstruction import pipeline
+
+        io.write_stack(output, pipeline.simulate(settings, noise=noise, quiet=quiet))
+    _say(f"wrote {output}", quiet)
+
+
+@app.command()
+def library(
+    config: ConfigFile,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="LIBRARY", help="Name of the library, .npz")
+    ],
+    quiet: Quiet = False,
+) -> None:
+    """Build a library of column images; an interrupted run goes on where it stopped."""
+    with _input_errors():
+        settings = _settings(config)
+        if output.suffix.lower() != ".npz":
+            raise InputError(f"cannot write a library {str(output)!r}: the allowed ending is .npz.")
+        _check_output_file(output)
+        _use_double_precision()
+        from .physics.library import build_library
+
+        build_library(settings, output, quiet=quiet)
+    _say(f"wrote {output}", quiet)
+
+
+@app.command()
+def crlb(
+    config: ConfigFile,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Else to the screen.")
+    ] = None,
+) -> None:
+    """Cramér-Rao bounds on the depths of a column and its atoms."""
+    with _input_errors():
+        settings = _settings(config)
+        _check_output_file(output)
+        _use_double_precision()
+        from .inference.fisher import column_crlb
+
+        _hand_over(column_crlb(settings), output)
+
+
+@app.command()
+def design(
+    config: ConfigFile,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Else to the screen.")
+    ] = None,
+) -> None:
+    """Find the foci, angles and dose split that give the best depth (not yet available)."""
+    with _input_errors():
+        _settings(config)
+        _check_output_file(output)
+        raise InputError(
+            "not yet available: design. Compare settings with `depthprob crlb` meanwhile."
+        )
+
+
+@app.command()
+def reconstruct(
+    stack: Annotated[Path, typer.Argument(metavar="STACK", help="Focal series (defocus, y, x).")],
+    config: Annotated[
+        Path, typer.Option("--config", metavar="CONFIG.toml", help="Settings of the experiment.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="Folder for the results.")
+    ],
+    library: Annotated[
+        Path | None, typer.Option("--library", metavar="LIBRARY", help="From `depthprob library`.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help=" | ".join(METHODS))] = None,
+    memory_limit: Annotated[float | None, typer.Option("--memory-limit", metavar="GB")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Take a focal series to column depths, atom numbers and atoms."""
+    with _input_errors():
+        settings = _settings(config)
+        if method is not None and method not in METHODS:
+            raise InputError(f"--method is {method!r}; allowed is one of {', '.join(METHODS)}.")
+        if memory_limit is not None and not memory_limit > 0:
+            raise InputError(
+                f"--memory-limit is {memory_limit:g}; allowed is a number of GB above 0."
+            )
+        if library is not None and not library.is_file():
+            raise InputError(
+                f"no library file {str(library)!r}. Build one with `depthprob library`."
+            )
+        io.read_stack(stack, settings)  # faults of the file show before JAX starts
+        with io.atomic_folder(output) as folder:
+            _use_double_precision()
+            from .reconstruction import pipeline
+
+            pipeline.run(
+                stack,
+                settings,
+                folder,
+                library_path=library,
+                method=method,
+                memory_limit=memory_limit,
+                quiet=quiet,
+            )
+    _say(f"open {output / 'report.html'}", quiet)
+
+
+def main() -> None:
+    """Entry point of the command `depthprob`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

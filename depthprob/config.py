@@ -1,0 +1,573 @@
+"""Settings of an experiment and its analysis, read from TOML.
+
+One frozen dataclass per section, one field per key, the unit in the key. Whatever is absent takes the
+default written here; an unknown key or section is an error.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+
+ELEMENTARY_CHARGE = 1.602176634e-19  # C, exact since 2019
+MAX_IMAGES = 100_000
+METHODS = ("mle", "laplace", "svi", "nuts")
+STRUCTURES = ("fcc", "bcc", "hcp", "diamond", "cell_file")
+NUISANCES = (
+    "positions",
+    "background",
+    "gain",
+    "image_shifts",
+    "focus_offset",
+    "focus_step",
+    "source_size",
+)
+ABERRATIONS = tuple(
+    f"C{n}{m}"
+    for n, ms in {1: "2", 2: "13", 3: "024", 4: "135", 5: "0246"}.items()
+    for m in ms
+    if (n, m) != (3, "0")
+)
+
+# Checks of one value each: (name of the key, value) -> value in its proper type ---------------------
+
+Check = Callable[[str, Any], Any]
+
+
+def _fail(name: str, given: Any, allowed: str, mend: str = "") -> InputError:
+    return InputError(f"{name} is {given!r}; allowed is {allowed}." + (f" {mend}" if mend else ""))
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """A hint such as ' Did you mean x?', or the list of what is known."""
+    known = list(known)
+    folded = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(word.lower(), list(folded), n=1, cutoff=0.4)
+    if close:
+        return f"Did you mean {folded[close[0]]!r}?"
+    return f"Known are: {', '.join(known)}." if known else "No keys are known here."
+
+
+def _number(
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    whole: bool = False,
+) -> Check:
+    """Check of one finite number within its range, read as float, or as int where `whole`."""
+    allowed = "a whole number" if whole else "a finite number"
+    parts = [
+        f"above {above:g}" if above is not None else "",
+        f"at least {at_least:g}" if at_least is not None else "",
+        f"at most {at_most:g}" if at_most is not None else "",
+    ]
+    allowed = " ".join([allowed, " and ".join(p for p in parts if p)]).strip()
+
+    def check(name: str, value: Any) -> float | int:
+        kinds = int if whole else (int, float)
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not is_number or not -1e300 < value < 1e300:  # false for nan too
+            mend = "Write it without quotation marks." if isinstance(value, str) else ""
+            raise _fail(name, value, allowed, mend)
+        inside = (
+            (above is None or value > above)
+            and (at_least is None or value >= at_least)
+            and (at_most is None or value <= at_most)
+        )
+        if not inside:
+            raise _fail(name, value, allowed)
+        return value if whole else float(value)
+
+    return check
+
+
+def _list_of(check_one: Check, length: int | None = None) -> Check:
+    """Check of a list, element by element, read as a tuple."""
+
+    def check(name: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)) or len(value) == 0:
+            raise _fail(name, value, "a list [a, b, ...]")
+        if length is not None and len(value) != length:
+            raise _fail(name, list(value), f"a list of {length} values")
+        return tuple(check_one(f"{name}[{i}]", v) for i, v in enumerate(value))
+
+    return check
+
+
+def _one_or_list(check_one: Check) -> Check:
+    """Check of a single value or a list of such values."""
+
+    def check(name: str, value: Any) -> Any:
+        many = isinstance(value, (list, tuple))
+        return _list_of(check_one)(name, value) if many else check_one(name, value)
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _fail(name, value, "true or false", "Write it without quotation marks.")
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _fail(name, value, "a text in quotation marks")
+    return value
+
+
+def _choice(options: Iterable[str]) -> Check:
+    options = tuple(options)
+
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in options:
+            allowed = "one of " + ", ".join(repr(option) for option in options)
+            hint = _nearest(value, options) if isinstance(value, str) else ""
+            raise _fail(name, value, allowed, hint if hint.startswith("Did") else "")
+        return value
+
+    return check
+
+
+def _choices(options: Iterable[str]) -> Check:
+    """Check of a list of distinct names; an empty list is fine."""
+    one = _choice(options)
+
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        if isinstance(value, (list, tuple)) and len(value) == 0:
+            return ()
+        names = _list_of(one)(name, value)
+        if len(set(names)) != len(names):
+            raise _fail(name, list(names), "a list in which every name appears once")
+        return names
+
+    return check
+
+
+def _element(name: str, value: Any) -> str:
+    from ase.data import chemical_symbols
+
+    symbols = chemical_symbols[1:104]
+    if not isinstance(value, str) or value not in symbols:
+        hint = ""
+        if isinstance(value, str) and value.strip().capitalize() in symbols:
+            hint = f"Did you mean {value.strip().capitalize()!r}?"
+        raise _fail(name, value, "a chemical symbol from 'H' to 'Lr', such as 'Au'", hint)
+    return value
+
+
+def _aberrations(name: str, value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise _fail(name, value, f"a table [{name}] of magnitudes and azimuths")
+    known = [f"{a}_A" for a in ABERRATIONS]
+    known += [f"phi{a[1:]}_deg" for a in ABERRATIONS if not a.endswith("0")]
+    read = {}
+    for key, entry in value.items():
+        if key not in known:
+            special = {
+                "C10_A": "Defocus belongs in [focal_series].",
+                "C30_A": "Write microscope.spherical_aberration_mm instead.",
+            }
+            raise InputError(
+                f"unknown key {key!r} in [{name}]. {special.get(key) or _nearest(key, known)}"
+            )
+        read[key] = _number(at_least=0.0 if key.endswith("_A") else None)(f"{name}.{key}", entry)
+    for key in read:
+        if key.startswith("phi") and f"C{key[3:5]}_A" not in read:
+            raise InputError(
+                f"{name}.{key} is given without C{key[3:5]}_A. Give the magnitude too."
+            )
+    return read
+
+
+_positive = _number(above=0.0)
+_not_negative = _number(at_least=0.0)
+_angle = _number(above=0.0, at_most=1000.0)
+
+
+def _key(default: Any, check: Check) -> Any:
+    """A field with the check of its value; `None` stands for absent."""
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata={"check": check})
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+# The sections --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroscopeConfig:
+    """[microscope]: the probe."""
+
+    energy_keV: float = _key(300.0, _number(at_least=1.0, at_most=10_000.0))
+    convergence_angle_mrad: float = _key(21.0, _angle)
+    spherical_aberration_mm: float = _key(0.0, _number())
+    source_fwhm_A: float = _key(0.7, _not_negative)
+    focal_spread_A: float = _key(0.0, _not_negative)
+    aberrations: dict[str, float] = _key({}, _aberrations)
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectorConfig:
+    """[detector]: annulus or annuli, and how raw values come from counts."""
+
+    inner_mrad: float | tuple[float, ...] = _key(
+        48.0, _one_or_list(_number(at_least=0.0, at_most=1000.0))
+    )
+    outer_mrad: float | tuple[float, ...] = _key(180.0, _one_or_list(_angle))
+    sensitivity: str | None = _key(None, _text)
+    gain: float = _key(1.0, _positive)
+    offset: float = _key(0.0, _number())
+    read_noise: float = _key(0.0, _not_negative)
+
+    @property
+    def inner(self) -> np.ndarray:
+        """Inner angles [mrad], (annulus,)."""
+        return np.atleast_1d(np.asarray(self.inner_mrad, float))
+
+    @property
+    def outer(self) -> np.ndarray:
+        """Outer angles [mrad], (annulus,)."""
+        return np.atleast_1d(np.asarray(self.outer_mrad, float))
+
+    def validate(self) -> None:
+        if isinstance(self.inner_mrad, tuple) != isinstance(self.outer_mrad, tuple) or len(
+            self.inner
+        ) != len(self.outer):
+            raise InputError(
+                f"detector.inner_mrad is {self.inner_mrad!r} and detector.outer_mrad is {self.outer_mrad!r}; "
+                "allowed are two numbers, or two lists of equal length. Give one outer angle for each inner angle."
+            )
+        for inner, outer in zip(self.inner, self.outer, strict=True):
+            if outer <= inner:
+                raise InputError(
+                    f"detector.outer_mrad is {outer:g} and detector.inner_mrad is {inner:g}; the outer angle "
+                    "must be the larger. Exchange them, or widen the annulus."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class FocalSeriesConfig:
+    """[focal_series]: foci, pixels and dose."""
+
+    defocus_A: tuple[float, ...] | None = _key(None, _list_of(_number()))
+    defocus_start_A: float | None = _key(-200.0, _number())
+    defocus_stop_A: float | None = _key(200.0, _number())
+    defocus_step_A: float | None = _key(10.0, _number())
+    pixel_size_A: float = _key(0.1, _positive)
+    dose_e_per_A2: float | tuple[float, ...] | None = _key(9612.0, _one_or_list(_positive))
+    probe_current_pA: float | None = _key(None, _positive)
+    dwell_time_us: float | None = _key(None, _positive)
+    signal: str = _key("counts", _choice(("counts", "fraction", "raw")))
+    periodic: bool = _key(False, _flag)
+    field_of_view_A: float = _key(12.0, _positive)
+
+    @property
+    def defocus(self) -> np.ndarray:
+        """Foci [Å], (focus,); positive is underfocus."""
+        if self.defocus_A is not None:
+            return np.asarray(self.defocus_A, float)
+        start, step = self.defocus_start_A, self.defocus_step_A
+        assert start is not None and step is not None
+        return start + step * np.arange(self._number_of_images())
+
+    @property
+    def dose(self) -> np.ndarray:
+        """Dose of every image [e/Å²], (focus,); current times dwell time per pixel area where those are given."""
+        foci = len(self.defocus)
+        if self.probe_current_pA is not None and self.dwell_time_us is not None:
+            charge = self.probe_current_pA * 1e-12 * self.dwell_time_us * 1e-6  # C per pixel
+            return np.full(foci, charge / ELEMENTARY_CHARGE / self.pixel_size_A**2)
+        return np.broadcast_to(np.asarray(self.dose_e_per_A2, float), (foci,)).copy()
+
+    def _number_of_images(self) -> int:
+        start, stop, step = self.defocus_start_A, self.defocus_stop_A, self.defocus_step_A
+        assert start is not None and stop is not None and step is not None
+        return round((stop - start) / step) + 1
+
+    def validate(self) -> None:
+        if self.defocus_A is None:
+            self._validate_range()
+        elif len(set(self.defocus_A)) != len(self.defocus_A):
+            twice = next(f for f in self.defocus_A if self.defocus_A.count(f) > 1)
+            raise InputError(
+                f"focal_series.defocus_A holds {twice:g} more than once; every focus must be distinct. "
+                "Remove the repetition, and its image from the stack."
+            )
+        if (self.probe_current_pA is None) != (self.dwell_time_us is None):
+            given, other = "probe_current_pA", "dwell_time_us"
+            if self.probe_current_pA is None:
+                given, other = other, given
+            raise InputError(
+                f"focal_series.{given} is given without {other}. Give both, or dose_e_per_A2 alone."
+            )
+        if isinstance(self.dose_e_per_A2, tuple) and len(self.dose_e_per_A2) != len(self.defocus):
+            raise InputError(
+                f"focal_series.dose_e_per_A2 lists {len(self.dose_e_per_A2)} doses for {len(self.defocus)} foci; "
+                "allowed is one number, or one for every image."
+            )
+
+    def _validate_range(self) -> None:
+        start, stop, step = self.defocus_start_A, self.defocus_stop_A, self.defocus_step_A
+        if start is None or stop is None or step is None:
+            raise InputError(
+                "focal_series needs defocus_A, or defocus_start_A, _stop_A and _step_A together."
+            )
+        given = f"defocus_start_A = {start:g}, defocus_stop_A = {stop:g}, defocus_step_A = {step:g}"
+        if step == 0 or (stop - start) / step < 0:
+            raise InputError(
+                f"focal_series has {given}: this step never leads from start to stop. "
+                "Allowed is a step other than zero, with the sign of stop - start."
+            )
+        steps = (stop - start) / step
+        if steps >= MAX_IMAGES:
+            raise InputError(
+                f"focal_series has {given}: {steps:.3g} images; allowed are {MAX_IMAGES}."
+            )
+        if abs(steps - round(steps)) > 1e-6 * max(1.0, steps):
+            raise InputError(
+                f"focal_series has {given}: stop is not a whole number of steps from start. "
+                f"Set defocus_stop_A = {start + step * math.floor(steps):g}, or list the foci in defocus_A."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecimenConfig:
+    """[specimen]: the crystal, or an isolated column of it."""
+
+    element: str = _key("Au", _element)
+    structure: str = _key("fcc", _choice(STRUCTURES))
+    cell_file: str | None = _key(None, _text)
+    lattice_constant_A: float = _key(4.08, _number(above=0.0, at_most=1000.0))
+    zone_axis: tuple[int, ...] = _key((0, 0, 1), _list_of(_number(whole=True), 3))
+    debye_waller_B_A2: float | None = _key(0.63, _not_negative)
+    rms_displacement_A: float | None = _key(None, _not_negative)
+    n_atoms: int = _key(10, _number(at_least=1, whole=True))
+    tilt_mrad: tuple[float, ...] = _key((0.0, 0.0), _list_of(_number(), 2))
+    structure_file: str | None = _key(None, _text)
+
+    @property
+    def debye_waller_b(self) -> float:
+        """B [Å²] = 8 pi² u², u the rms displacement along one axis."""
+        if self.rms_displacement_A is not None:
+            return 8 * math.pi**2 * self.rms_displacement_A**2
+        assert self.debye_waller_B_A2 is not None
+        return self.debye_waller_B_A2
+
+    def validate(self) -> None:
+        if not any(self.zone_axis):
+            raise _fail(
+                "specimen.zone_axis", list(self.zone_axis), "three whole numbers not all zero"
+            )
+        if (self.structure == "cell_file") != (self.cell_file is not None):
+            raise InputError(
+                f"specimen.structure is {self.structure!r} and specimen.cell_file is {self.cell_file!r}; a unit "
+                "cell from a file needs both structure = 'cell_file' and cell_file = 'name.cif'."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulationConfig:
+    """[simulation]: numerics; absent samplings are chosen from the detector."""
+
+    parametrization: str = _key("lobato", _choice(("lobato", "kirkland")))
+    potential_sampling_A: float | None = _key(None, _positive)
+    cell_A: float | None = _key(None, _positive)
+    memory_limit_GB: float | None = _key(None, _positive)
+
+
+@dataclasses.dataclass(frozen=True)
+class ThermalConfig:
+    """[thermal]: how atoms shake."""
+
+    model: str = _key("frozen_phonon", _choice(("frozen_phonon", "absorptive")))
+    configurations: int = _key(32, _number(at_least=1, whole=True))
+    seed: int = _key(0, _number(at_least=0, at_most=2**32 - 1, whole=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceConfig:
+    """[inference]: the estimator and what it leaves free beside the depths."""
+
+    method: str = _key("laplace", _choice(METHODS))
+    free: tuple[str, ...] = _key(NUISANCES[:4], _choices(NUISANCES))
+    max_atoms: int | None = _key(None, _number(at_least=1, whole=True))
+    samples: int = _key(500, _number(at_least=1, whole=True))
+    chains: int = _key(2, _number(at_least=1, whole=True))
+    seed: int = _key(0, _number(at_least=0, at_most=2**32 - 1, whole=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class CrlbConfig:
+    """[crlb]: which bounds."""
+
+    atoms: bool = _key(True, _flag)
+    max_atoms: int | None = _key(None, _number(at_least=1, whole=True))
+    nuisances: tuple[str, ...] = _key(("positions", "background"), _choices(NUISANCES))
+
+
+@dataclasses.dataclass(frozen=True)
+class DesignConfig:
+    """[design]: no keys yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All sections, with the folder from which relative file names count.
+
+    Attributes
+    ----------
+    folder : Path
+        Where the config lay.
+    """
+
+    microscope: MicroscopeConfig = dataclasses.field(default_factory=MicroscopeConfig)
+    detector: DetectorConfig = dataclasses.field(default_factory=DetectorConfig)
+    focal_series: FocalSeriesConfig = dataclasses.field(default_factory=FocalSeriesConfig)
+    specimen: SpecimenConfig = dataclasses.field(default_factory=SpecimenConfig)
+    simulation: SimulationConfig = dataclasses.field(default_factory=SimulationConfig)
+    thermal: ThermalConfig = dataclasses.field(default_factory=ThermalConfig)
+    inference: InferenceConfig = dataclasses.field(default_factory=InferenceConfig)
+    crlb: CrlbConfig = dataclasses.field(default_factory=CrlbConfig)
+    design: DesignConfig = dataclasses.field(default_factory=DesignConfig)
+    folder: Path = dataclasses.field(default=Path(), compare=False)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Sections and keys as in the file, defaults filled in, absent keys left out."""
+        sections = {}
+        for section in SECTIONS:
+            values = dataclasses.asdict(getattr(self, section)).items()
+            sections[section] = {
+                k: list(v) if isinstance(v, tuple) else v for k, v in values if v is not None
+            }
+        return sections
+
+    def resolve(self, name: str) -> Path:
+        """Path of a file named in the config, relative to the config's own folder."""
+        return self.folder / Path(name).expanduser()
+
+
+SECTIONS = {f.name: f.default_factory for f in dataclasses.fields(Config) if f.name != "folder"}
+
+# Two ways of saying the same: either side may be given, never both.
+ALTERNATIVES = {
+    "focal_series": (
+        (("defocus_A",), ("defocus_start_A", "defocus_stop_A", "defocus_step_A")),
+        (("probe_current_pA", "dwell_time_us"), ("dose_e_per_A2",)),
+    ),
+    "specimen": ((("rms_displacement_A",), ("debye_waller_B_A2",)),),
+}
+
+
+def _read_section(section: str, raw: Any) -> Any:
+    """One section from its TOML table, checked."""
+    kind: Any = SECTIONS[section]
+    if not isinstance(raw, Mapping):
+        raise _fail(section, raw, f"a table [{section}] of keys")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in fields:
+            raise InputError(f"unknown key {key!r} in [{section}]. {_nearest(key, fields)}")
+        values[key] = fields[key].metadata["check"](f"{section}.{key}", value)
+    for special, usual in ALTERNATIVES.get(section, ()):
+        given = [k for k in special if k in values]
+        both = [k for k in usual if k in values]
+        if given and both:
+            raise InputError(
+                f"[{section}] gives both {given[0]} and {both[0]}; allowed is one. Remove the other."
+            )
+        if given:
+            values |= dict.fromkeys(usual)
+    read = kind(**values)
+    if hasattr(read, "validate"):
+        read.validate()
+    return read
+
+
+def config_from_dict(raw: Mapping[str, Any], folder: str | Path = ".") -> Config:
+    """Config from sections of keys, as `tomllib` reads them.
+
+    Raises
+    ------
+    InputError
+        Unknown section or key (the nearest known one is named), wrong type, value out of range, two
+        keys that exclude each other, or a named file that does not exist.
+    """
+    for section in raw:
+        if section not in SECTIONS:
+            raise InputError(f"unknown section [{section}]. {_nearest(section, SECTIONS)}")
+    sections = {section: _read_section(section, table) for section, table in raw.items()}
+    config = Config(**sections, folder=Path(folder))
+    for name, value in {
+        "specimen.structure_file": config.specimen.structure_file,
+        "specimen.cell_file": config.specimen.cell_file,
+        "detector.sensitivity": config.detector.sensitivity,
+    }.items():
+        if value is not None and not config.resolve(value).is_file():
+            raise InputError(
+                f"{name} is {value!r}, but there is no file {str(config.resolve(value))!r}. "
+                "Relative names count from the folder of the config."
+            )
+    return config
+
+
+def read_config(path: str | Path) -> Config:
+    """Read and check a TOML file of settings.
+
+    Raises
+    ------
+    InputError
+        No such file, not TOML, or any fault that `config_from_dict` finds; the message names the file.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no config file {str(path)!r}. Give the path of a TOML file.") from None
+    except OSError as error:
+        raise InputError(f"cannot read config {str(path)!r}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text ({error.reason}). Save it as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is no valid TOML: {error}.") from None
+    try:
+        return config_from_dict(raw, path.parent)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def check_sampling(config: Config) -> None:
+    """Refuse a `potential_sampling_A` whose 2/3 band limit does not reach the detector's outer angle.
+
+    A grid of step s carries q up to 1 / (2 s), two thirds of it free of aliasing: angles up to
+    wavelength / (3 s).
+
+    Raises
+    ------
+    InputError
+        Naming the sampling that would do.
+    """
+    from .physics.electron import wavelength
+
+    sampling = config.simulation.potential_sampling_A
+    if sampling is None:
+        return
+    wave = float(wavelength(config.microscope.energy_keV * 1e3))
+    reach = 1e3 * wave / (3 * sampling)
+    outer = float(config.detector.outer.max())
+    if reach < outer:
+        needed = math.floor(1e7 * wave / (3 * outer)) / 1e4
+        raise InputError(
+            f"simulation.potential_sampling_A is {sampling:g} Å, whose 2/3 band limit is {reach:.1f} mrad at "
+            f"{config.microscope.energy_keV:g} keV, but detector.outer_mrad is {outer:g}. "
+            f"Set potential_sampling_A = {needed:.4f} or finer, or leave it out to have it chosen."
+        )

@@ -1,0 +1,740 @@
+"""Files in and out: focal stacks, tables, structures.
+
+Readers check everything that can be wrong with a stack before any computation. Writers write under a
+temporary name in the same folder and rename, so that a file that exists is whole.
+"""
+
+import contextlib
+import csv
+import importlib
+import json
+import math
+import os
+import secrets
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from .config import Config
+from .errors import InputError
+
+COLUMNS = (
+    "column",
+    "x_A",
+    "y_A",
+    "cross_section_A2",
+    "cross_section_sd_A2",
+    "n_atoms",
+    "n_atoms_probability",
+    "gaussian_depth_A",
+    "gaussian_depth_sd_A",
+    "depth_A",
+    "depth_sd_A",
+    "depth_q05_A",
+    "depth_q95_A",
+    "crlb_A",
+    "goodness_of_fit",
+)
+LENGTHS_A = {"Å": 1.0, "Å": 1.0, "A": 1.0, "angstrom": 1.0, "nm": 10.0, "pm": 0.01, "m": 1e10}
+LENGTHS_A |= {"µm": 1e4, "μm": 1e4, "um": 1e4, "micron": 1e4}
+
+
+class Stack(NamedTuple):
+    """A focal series.
+
+    Attributes
+    ----------
+    data : (focus, y, x)
+        Counts [e/pixel].
+    defocus_A : (focus,)
+        Foci [Å], positive is underfocus.
+    pixel_size_A : float
+        Pixel size [Å].
+    metadata : dict
+        Whatever else goes with it; `dose_e_per_A2` (focus,) and `signal` are set by `read_stack`.
+    """
+
+    data: Float[np.ndarray, "focus y x"]
+    defocus_A: Float[np.ndarray, " focus"]
+    pixel_size_A: float
+    metadata: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
+
+
+class _Content(NamedTuple):
+    """What a file holds, before it is compared with the config; absent entries are None."""
+
+    stack: np.ndarray
+    defocus_A: np.ndarray | None = None
+    pixel_size_A: float | None = None
+    dose_e_per_A2: np.ndarray | None = None
+
+
+# Reading -------------------------------------------------------------------------------------------
+
+
+def read_stack(path: str | Path, config: Config) -> Stack:
+    """Read a focal series, check it against the config and convert its signal to counts.
+
+    Returns
+    -------
+    Stack
+        Counts: the file's values where `signal` is "counts", fraction * dose * pixel area for
+        "fraction", (raw - offset) / gain for "raw".
+
+    Raises
+    ------
+    InputError
+        Missing, corrupt or unknown file; not three dimensions; larger than memory; number of images
+        unlike the number of foci; foci, pixel size or dose of the file unlike the config's; NaN or
+        infinity; negative values; counts that are not whole; an image without contrast.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"no stack file {str(path)!r}. Give the path of a focal series.")
+    if path.is_dir():
+        raise InputError(f"{str(path)!r} is a folder; a stack is one file.")
+    reader = _READERS.get(path.suffix.lower(), _read_rosettasciio)
+    content = reader(path)
+    _check_against_config(path, content, config)
+    values = _checked_values(path, content.stack, config)
+    series, detector = config.focal_series, config.detector
+    if series.signal == "fraction":
+        values *= (series.dose * series.pixel_size_A**2)[:, None, None]
+    elif series.signal == "raw":
+        values -= detector.offset
+        values /= detector.gain
+        _check_not_negative(path, values, config)
+    metadata = {"file": path.name, "signal": series.signal, "dose_e_per_A2": series.dose}
+    return Stack(values, series.defocus, series.pixel_size_A, metadata)
+
+
+@contextlib.contextmanager
+def _naming(path: Path, *faults: type[Exception]) -> Iterator[None]:
+    """Turn the faults a library reports for a damaged file into one readable message."""
+    try:
+        yield
+    except InputError:
+        raise
+    except faults as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"cannot read {str(path)!r}: {reason}. The file is truncated, corrupt or of another format than its "
+            "name says; copy or export it again."
+        ) from error
+
+
+def _memory_bytes() -> float:
+    """Physical memory of this computer, infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _check_shape(path: Path, shape: Sequence[int], dtype: np.dtype) -> None:
+    """Refuse from the header alone what cannot be a stack or cannot be held as float64."""
+    if len(shape) != 3 or 0 in shape:
+        raise InputError(
+            f"{path}: the stack has shape {tuple(shape)}; allowed is (defocus, y, x), three dimensions, none empty. "
+            "Save the images of all foci as one array."
+        )
+    if dtype.kind not in "uif":
+        raise InputError(
+            f"{path}: the stack holds {dtype}; allowed are real numbers (integer or floating)."
+        )
+    needed = math.prod(shape) * (dtype.itemsize + 8)
+    if needed > _memory_bytes():
+        raise InputError(
+            f"{path}: a stack of {tuple(shape)} {dtype} needs {needed / 2**30:.1f} GiB uncompressed, this computer "
+            f"has {_memory_bytes() / 2**30:.1f} GiB of memory. Crop or bin the images."
+        )
+
+
+def _scalar(path: Path, name: str, value: Any) -> float:
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "uif":
+        raise InputError(
+            f"{path}: {name} has shape {array.shape} and type {array.dtype}; allowed is one number."
+        )
+    return float(array.reshape(()))
+
+
+def _content(path: Path, stack: np.ndarray, get: Callable[[str], Any]) -> _Content:
+    """The stack with the entries that travel with it by the names of the contract."""
+    vectors = {}
+    for name in ("defocus_A", "dose_e_per_A2"):
+        value = get(name)
+        if value is not None:
+            value = np.atleast_1d(np.asarray(value))
+            if value.ndim != 1 or value.dtype.kind not in "uif":
+                raise InputError(
+                    f"{path}: {name} has shape {value.shape} and type {value.dtype}; allowed are numbers in one list."
+                )
+        vectors[name] = value
+    pixel_size = get("pixel_size_A")
+    if pixel_size is not None:
+        pixel_size = _scalar(path, "pixel_size_A", pixel_size)
+    return _Content(stack, vectors["defocus_A"], pixel_size, vectors["dose_e_per_A2"])
+
+
+def _missing_stack(path: Path, names: Sequence[str]) -> InputError:
+    return InputError(
+        f"{path}: holds no array 'stack', but {sorted(names)}. Name the (defocus, y, x) array 'stack'."
+    )
+
+
+def _read_npz(path: Path) -> _Content:
+    faults = (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        ValueError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+    )
+    with _naming(path, *faults), zipfile.ZipFile(path) as archive:
+        names = [n.removesuffix(".npy") for n in archive.namelist()]
+        if "stack" not in names:
+            raise _missing_stack(path, names)
+
+        def header(name: str) -> tuple[Sequence[int], np.dtype]:
+            with archive.open(f"{name}.npy") as member:
+                version = np.lib.format.read_magic(member)
+                read = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }.get(version)
+                if read is None:
+                    raise InputError(
+                        f"{path}: {name} is of npy version {version}; allowed are 1.0 and 2.0."
+                    )
+                shape, _, dtype = read(member)
+                return shape, dtype
+
+        def load(name: str) -> np.ndarray | None:
+            if name not in names:
+                return None
+            shape, dtype = header(name)
+            if name == "stack":
+                _check_shape(path, shape, dtype)
+            elif math.prod(shape) > 1_000_000:
+                raise InputError(
+                    f"{path}: {name} has shape {tuple(shape)}; allowed is one value for every image."
+                )
+            with archive.open(f"{name}.npy") as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
+
+        stack = load("stack")
+        assert stack is not None
+        return _content(path, stack, load)
+
+
+def _read_hdf5(path: Path) -> _Content:
+    import h5py
+
+    with _naming(path, OSError, KeyError, RuntimeError, ValueError), h5py.File(path, "r") as file:
+        stack = file.get("stack")
+        if not isinstance(stack, h5py.Dataset):
+            raise _missing_stack(path, list(file))
+        _check_shape(path, stack.shape, stack.dtype)
+
+        def get(name: str) -> Any:
+            value = file.get(name)
+            if isinstance(value, h5py.Dataset):
+                return value[()]
+            return stack.attrs.get(name, file.attrs.get(name))
+
+        return _content(path, stack[()], get)
+
+
+def _read_netcdf(path: Path) -> _Content:
+    import xarray
+
+    with _naming(path, OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError):
+        classic = _starts_with(path, b"CDF")
+        with xarray.open_dataset(
+            path, engine="scipy" if classic else "h5netcdf", decode_times=False
+        ) as data:
+            if "stack" not in data:
+                raise _missing_stack(path, [str(name) for name in data.variables])
+            stack = data["stack"]
+            if set(stack.dims) == {"defocus", "y", "x"}:
+                stack = stack.transpose("defocus", "y", "x")
+            _check_shape(path, stack.shape, stack.dtype)
+
+            def get(name: str) -> Any:
+                if name in data.variables:
+                    return data[name].values
+                return stack.attrs.get(name, data.attrs.get(name))
+
+            return _content(path, stack.values, get)
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _read_tiff(path: Path) -> _Content:
+    import tifffile
+
+    faults = (
+        tifffile.TiffFileError,
+        ValueError,
+        OSError,
+        IndexError,
+        KeyError,
+        EOFError,
+        struct.error,
+        zlib.error,
+    )
+    with _naming(path, *faults), tifffile.TiffFile(path) as file:
+        if len(file.series) != 1:
+            raise InputError(
+                f"{path}: holds {len(file.series)} series of images; allowed is one in which all images have the "
+                "same size and type. Export the focal series alone."
+            )
+        series = file.series[0]
+        if "S" in series.axes:
+            raise InputError(
+                f"{path}: holds colour images; allowed is one number a pixel. Export in greyscale."
+            )
+        _check_shape(path, series.shape, np.dtype(series.dtype))
+        needed = max(
+            offset + length
+            for page in series.pages
+            if page is not None
+            for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True)
+        )
+        if needed > path.stat().st_size:  # tifffile would fill the rest with zeros
+            raise InputError(
+                f"cannot read {str(path)!r}: its images reach to byte {needed}, the file ends at byte "
+                f"{path.stat().st_size}. It is truncated; copy it again."
+            )
+        pixel_size = None
+        page = file.pages.first
+        unit = LENGTHS_A.get(
+            str((file.imagej_metadata or {}).get("unit", "")).replace("\\u00B5", "µ")
+        )
+        if unit is not None and "XResolution" in page.tags:
+            pixels, units = page.tags["XResolution"].value
+            pixel_size = unit * units / pixels if pixels else None
+        return _Content(series.asarray(), pixel_size_A=pixel_size)
+
+
+def _read_rosettasciio(path: Path) -> _Content:
+    """Any other format, through RosettaSciIO; one three-dimensional data set of images."""
+    try:
+        import rsciio
+    except ImportError:
+        raise InputError(
+            f"{path}: files {path.suffix!r} are read through RosettaSciIO, which is not installed. "
+            "Run pip install 'depthprob[io]', or convert to .npz, .nc, .h5 or .tif."
+        ) from None
+
+    suffix = path.suffix.lower().removeprefix(".")
+    plugins = [p for p in rsciio.IO_PLUGINS if suffix in (e.lower() for e in p["file_extensions"])]
+    if not suffix or not plugins:
+        raise InputError(
+            f"{path}: no reader knows the format {path.suffix!r}. Allowed are .npz, .nc, .h5, .hdf5, .tif and what "
+            "RosettaSciIO reads."
+        )
+    if path.stat().st_size > _memory_bytes():
+        raise InputError(
+            f"{path}: {path.stat().st_size / 2**30:.1f} GiB do not fit into memory. Crop or bin the images."
+        )
+    faults = (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+    )
+    faults += (EOFError, RuntimeError, struct.error, zlib.error)
+    with _naming(path, *faults):
+        try:
+            reader = importlib.import_module(plugins[0]["api"])
+        except ImportError as error:
+            raise InputError(
+                f"{path}: the reader {plugins[0]['name']!r} lacks a package: {error}. Install it."
+            ) from None
+        signals = reader.file_reader(str(path))
+    stacks = [s for s in signals if np.ndim(s["data"]) == 3]
+    if len(stacks) != 1:
+        shapes = [np.shape(s["data"]) for s in signals]
+        raise InputError(
+            f"{path}: holds data of shapes {shapes}; allowed is exactly one (defocus, y, x) stack."
+        )
+    data, axes = np.asarray(stacks[0]["data"]), stacks[0]["axes"]
+    _check_shape(path, data.shape, data.dtype)
+    return _Content(data, *_axes_of_rosettasciio(path, axes))
+
+
+def _axes_of_rosettasciio(
+    path: Path, axes: Sequence[Mapping[str, Any]]
+) -> tuple[np.ndarray | None, float | None]:
+    """Foci and pixel size where the file states them as lengths."""
+    if any("eV" in str(axis.get("units")) for axis in axes):
+        raise InputError(
+            f"{path}: one axis is an energy in eV; allowed is a stack of images (defocus, y, x)."
+        )
+    sizes = [
+        abs(float(axis["scale"])) * LENGTHS_A[str(axis.get("units"))]
+        for axis in axes[1:]
+        if str(axis.get("units")) in LENGTHS_A
+    ]
+    if len(sizes) == 2 and not math.isclose(*sizes, rel_tol=1e-3):
+        raise InputError(
+            f"{path}: pixels are {sizes[0]:g} Å high and {sizes[1]:g} Å wide; allowed are square pixels. Resample the images."
+        )
+    focus = axes[0]
+    defocus = None
+    if "focus" in str(focus.get("name")).lower() and str(focus.get("units")) in LENGTHS_A:
+        steps = np.arange(int(focus["size"]))
+        defocus = (float(focus["offset"]) + float(focus["scale"]) * steps) * LENGTHS_A[
+            str(focus["units"])
+        ]
+    return defocus, sizes[0] if len(sizes) == 2 else None
+
+
+_READERS: dict[str, Callable[[Path], _Content]] = {
+    ".npz": _read_npz,
+    ".h5": _read_hdf5,
+    ".hdf5": _read_hdf5,
+    ".nc": _read_netcdf,
+    ".tif": _read_tiff,
+    ".tiff": _read_tiff,
+}
+
+
+# Checks --------------------------------------------------------------------------------------------
+
+
+def _check_against_config(path: Path, content: _Content, config: Config) -> None:
+    series = config.focal_series
+    images, foci = len(content.stack), len(series.defocus)
+    if content.defocus_A is not None and len(content.defocus_A) != images:
+        raise InputError(
+            f"{path}: holds {images} images, but its own defocus_A has {len(content.defocus_A)} values. Save it again."
+        )
+    if images != foci:
+        raise InputError(
+            f"{path}: holds {images} images, but the config's focal_series has {foci} foci ({series.defocus[0]:g} to "
+            f"{series.defocus[-1]:g} Å). Make them equal: defocus_A = [ ... ], or defocus_start_A, _stop_A and _step_A."
+        )
+    pixel = None if content.pixel_size_A is None else np.atleast_1d(content.pixel_size_A)
+    pairs = (
+        ("defocus_A", content.defocus_A, series.defocus, 1e-4),
+        ("pixel_size_A", pixel, np.atleast_1d(series.pixel_size_A), 1e-4 * series.pixel_size_A),
+        ("dose_e_per_A2", content.dose_e_per_A2, series.dose, 1e-4 * series.dose),
+    )
+    for name, in_file, in_config, tolerance in pairs:
+        if in_file is None:
+            continue
+        if len(in_file) not in (1, len(in_config)):
+            raise InputError(f"{path}: holds {len(in_file)} values {name} for {images} images.")
+        in_file = np.broadcast_to(np.asarray(in_file, float), in_config.shape)
+        differs = ~(np.abs(in_file - in_config) <= tolerance + 1e-6 * np.abs(in_config))
+        if differs.any():
+            k = int(np.argmax(differs))
+            where = f" of image {k}" if len(in_config) > 1 else ""
+            raise InputError(
+                f"{path}: {name}{where} is {in_file[k]:g} in the file and {in_config[k]:g} in the config (its default "
+                f"if the config does not say). Correct whichever is wrong; focal_series.{name} must agree with the file."
+            )
+
+
+def _first(mask: np.ndarray) -> str:
+    """Number of marked pixels and the place of the first."""
+    image, y, x = (int(i) for i in np.unravel_index(np.argmax(mask), mask.shape))
+    return f"{int(mask.sum())} pixels, the first in image {image} at (y, x) = ({y}, {x})"
+
+
+def _checked_values(path: Path, stack: np.ndarray, config: Config) -> np.ndarray:
+    """The stack as a new float64 array, after the checks on its values."""
+    values = np.array(stack, dtype=np.float64)
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise InputError(
+            f"{path}: NaN or infinity in {_first(~finite)}. Every pixel needs a number: crop the images, or leave bad images and their foci out."
+        )
+    signal = config.focal_series.signal
+    if signal != "raw":
+        _check_not_negative(path, values, config)
+    if signal == "counts" and (fractional := values != np.round(values)).any():
+        raise InputError(
+            f"{path}: focal_series.signal is 'counts', but the values are not whole in {_first(fractional)}. Set "
+            "signal = 'fraction' for fractions of the beam, or 'raw' with detector.gain and offset (gain 1, offset 0 "
+            "for expected counts)."
+        )
+    if signal == "fraction" and values.max() > 1:
+        raise InputError(
+            f"{path}: focal_series.signal is 'fraction', but the largest value is {values.max():g}; a fraction of the "
+            "beam is at most 1. Set signal = 'counts' or 'raw'."
+        )
+    constant = np.flatnonzero(values.min(axis=(1, 2)) == values.max(axis=(1, 2)))
+    if len(constant):
+        raise InputError(
+            f"{path}: {len(constant)} images are constant, the first is image {constant[0]} (all "
+            f"{values[constant[0], 0, 0]:g}). Leave empty images and their foci out."
+        )
+    return values
+
+
+def _check_not_negative(path: Path, values: np.ndarray, config: Config) -> None:
+    """Refuse negative values, except those that read noise explains."""
+    signal = config.focal_series.signal
+    negative = values < 0
+    if negative.any() and (signal == "counts" or config.detector.read_noise == 0):
+        mend = "Set signal = 'raw' and detector.offset, gain and read_noise."
+        if signal == "raw":
+            mend = "Lower detector.offset, or state detector.read_noise if noise explains it."
+        raise InputError(
+            f"{path}: negative {'counts after (raw - offset) / gain' if signal == 'raw' else signal} in {_first(negative)}, "
+            f"down to {values.min():g}; allowed are values from 0. {mend}"
+        )
+
+
+# Writing -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Temporary path beside `path` to write to; renamed to `path` on success, removed on failure.
+
+    Raises
+    ------
+    InputError
+        The folder does not exist, or `path` is a folder.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise InputError(
+            f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first."
+        )
+    if path.is_dir():
+        raise InputError(f"cannot write {str(path)!r}: it is a folder. Give a file name.")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Temporary folder beside `path` to fill; moved into place once whole, removed on failure.
+
+    Files of an existing folder stay, except those of the same name, which are replaced.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(
+            f"cannot write into {str(path)!r}: it is a file. Give the name of a folder."
+        )
+    if not path.parent.is_dir():
+        raise InputError(
+            f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first."
+        )
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(
+            f"cannot write beside {str(path)!r}: {error.strerror}. Give another folder."
+        ) from None
+    try:
+        yield temporary
+        if path.exists():
+            for file in temporary.iterdir():
+                os.replace(file, path / file.name)
+        else:
+            os.replace(temporary, path)
+    finally:
+        if temporary.exists():
+            import shutil
+
+            shutil.rmtree(temporary)
+
+
+STACK_SUFFIXES = (".npz", ".nc", ".h5", ".hdf5", ".tif", ".tiff")
+
+
+def check_stack_name(path: str | Path) -> None:
+    """Refuse a name whose ending `write_stack` does not know."""
+    if Path(path).suffix.lower() not in STACK_SUFFIXES:
+        raise InputError(
+            f"cannot write a stack {str(path)!r}: allowed endings are {', '.join(STACK_SUFFIXES)}."
+        )
+
+
+def write_stack(path: str | Path, stack: Stack) -> None:
+    """Write a focal series as .npz, .nc, .h5 or .tif (the last without foci, which stay in the config).
+
+    A `dose_e_per_A2` in the metadata goes with it. Whole counts that fit are kept as integers.
+    """
+    check_stack_name(path)
+    suffix = Path(path).suffix.lower()
+    data = np.asarray(stack.data)
+    if np.all(data == np.round(data)) and data.min() >= 0 and data.max() < 2**32:
+        data = data.astype(np.uint16 if data.max() < 2**16 else np.uint32)
+    entries: dict[str, np.ndarray] = {
+        "defocus_A": np.asarray(stack.defocus_A, float),
+        "pixel_size_A": np.asarray(stack.pixel_size_A, float),
+    }
+    if "dose_e_per_A2" in stack.metadata:
+        entries["dose_e_per_A2"] = np.asarray(stack.metadata["dose_e_per_A2"], float)
+    with atomic_write(path) as temporary:
+        if suffix == ".npz":
+            np.savez_compressed(temporary, stack=data, **entries)
+        elif suffix == ".nc":
+            _write_netcdf(temporary, data, entries)
+        elif suffix in (".h5", ".hdf5"):
+            import h5py
+
+            with h5py.File(temporary, "w") as file:
+                file.create_dataset("stack", data=data, compression="gzip")
+                for name, value in entries.items():
+                    file.create_dataset(name, data=value)
+        else:
+            import tifffile
+
+            plain = data.astype(np.float32) if data.dtype == np.float64 else data
+            tifffile.imwrite(temporary, plain, photometric="minisblack")
+
+
+def _write_netcdf(path: Path, data: np.ndarray, entries: Mapping[str, np.ndarray]) -> None:
+    import xarray
+
+    units = {
+        "defocus_A": "angstrom",
+        "pixel_size_A": "angstrom",
+        "dose_e_per_A2": "electron/angstrom^2",
+    }
+    variables = {"stack": (("defocus", "y", "x"), data, {"units": "electron/pixel"})}
+    for name, value in entries.items():
+        variables[name] = (("defocus",)[: value.ndim], value, {"units": units[name]})
+    encoding = {"stack": {"zlib": True}}
+    xarray.Dataset(variables).to_netcdf(path, engine="h5netcdf", encoding=encoding)
+
+
+def _text(value: Any) -> Any:
+    """Cell of a table: whole numbers as they are, others to ten digits."""
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.10g}"
+    return value
+
+
+def _write_csv(path: str | Path, rows: Mapping[str, Any]) -> None:
+    columns = {name: np.asarray(values) for name, values in rows.items()}
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow([_text(value) for value in row])
+
+
+def write_columns_csv(path: str | Path, rows: Mapping[str, Any]) -> None:
+    """Write the table of columns, in the order of `COLUMNS`, further columns after them.
+
+    Parameters
+    ----------
+    rows
+        An array (column,) for every name in `COLUMNS`; `column` is counted from 0 when absent.
+    """
+    rows = dict(rows)
+    rows.setdefault("column", np.arange(len(next(iter(rows.values())))))
+    missing = [name for name in COLUMNS if name not in rows]
+    if missing:
+        raise ValueError(f"columns.csv lacks {missing}; every one of {COLUMNS} is needed.")
+    order = [*COLUMNS, *(name for name in rows if name not in COLUMNS)]
+    _write_csv(path, {name: rows[name] for name in order})
+
+
+def write_drift_csv(
+    path: str | Path,
+    defocus_A: Float[np.ndarray, " focus"],
+    displacement_px: Float[np.ndarray, "focus 2"],
+    sd_px: Float[np.ndarray, " focus"],
+) -> None:
+    """Write the displacement (dx, dy) [pixel] of the object in every image and its standard deviation."""
+    displacement_px = np.asarray(displacement_px)
+    sd_px = np.broadcast_to(np.asarray(sd_px, float), (len(displacement_px),))
+    columns = {
+        "image": np.arange(len(displacement_px)),
+        "defocus_A": np.asarray(defocus_A, float),
+        "dx_px": displacement_px[:, 0],
+        "dy_px": displacement_px[:, 1],
+        "sd_px": sd_px,
+    }
+    _write_csv(path, columns)
+
+
+def write_xyz(
+    path: str | Path,
+    element: str | Sequence[str],
+    positions: Float[np.ndarray, "atom 3"],
+    position_sd: Float[np.ndarray, "atom 3"],
+    site_probability: Float[np.ndarray, " atom"],
+    column: Any,
+    gauge: str,
+) -> None:
+    """Write atoms as extended XYZ [Å], in the frame of columns.csv; `gauge` says where depth zero is."""
+    positions = np.asarray(positions, float)
+    elements = [element] * len(positions) if isinstance(element, str) else list(element)
+    properties = "species:S:1:pos:R:3:position_sd:R:3:site_probability:R:1:column:I:1"
+    label = " ".join(gauge.replace('"', "'").split())
+    atoms = zip(
+        elements,
+        positions,
+        np.asarray(position_sd, float),
+        np.asarray(site_probability, float),
+        np.asarray(column, int),
+        strict=True,
+    )
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(
+            f'{len(positions)}\nProperties={properties} pbc="F F F" unit=angstrom gauge="{label}"\n'
+        )
+        for symbol, position, sd, probability, index in atoms:
+            numbers = " ".join(f"{value:.6f}" for value in (*position, *sd, probability))
+            file.write(f"{symbol} {numbers} {index}\n")
+
+
+def _plain(value: Any) -> Any:
+    """Python's own types for JSON; what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str):
+        return value
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return _plain(np.asarray(value).tolist())
+    return str(value)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write JSON; arrays become lists, infinity and NaN become null."""
+    with atomic_write(path) as temporary:
+        text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,223 @@
+"""What a detector can see of an isolated column: its Gram matrix in Laguerre-Gauss modes.
+
+A probe inside the aperture is a sum of plane waves, and all a detector records of them is a quadratic form a^H G a. High-angle
+scattering happens within about 2 Å of the column, so G is a smooth function of the incident wave vector and needs far fewer waves
+than the plane waves of a cell that holds the defocused probe: the Laguerre-Gauss modes chi_pl, 2 p + |l| <= order, that cover the
+column's neighbourhood in position and in angle (150 instead of 950 waves, on a cell a third as large for the paper's settings).
+The mean over thermal motion of an isolated column with an annular detector has the full rotation and mirror symmetry, so G is block
+diagonal in l with equal blocks for l and -l: averaging over that group is a matter of keeping those blocks.
+"""
+
+import math
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+from scipy.fft import next_fast_len
+from scipy.special import eval_genlaguerre, gammaln
+
+from .detector import AnnularDetector
+from .electron import wavelength
+from .multislice import transmission
+from .specimen import Column
+
+
+class Modes(NamedTuple):
+    """Laguerre-Gauss modes up to an order, sorted by |l|, then l, then p, with the taper that makes their sum a smooth window."""
+
+    p: np.ndarray
+    l: np.ndarray
+    taper: np.ndarray
+    order: int
+    scale: float
+
+
+def laguerre_gauss_modes(reach: float, aperture: float, margin: int = 12) -> Modes:
+    """Modes that represent plane waves |k| <= aperture within |r| <= reach.
+
+    Shells n = 2 p + |l| fill the ellipse (r / s)^2 + (2 pi k s)^2 <= 2 n + 2 of phase space. Breaking the sum off at a shell rings
+    like any sharp edge (0.5 % of the peak for gold), so `margin` shells follow whose weight falls to zero as cos^2: then 2e-4.
+
+    Parameters
+    ----------
+    reach : float
+        Radius [Å] around the column within which incident waves must be right.
+    aperture : float
+        Largest incident frequency [1/Å].
+    """
+    wave_number = 2 * math.pi * aperture
+    scale = math.sqrt(1.11 * reach / wave_number)
+    full = math.ceil(((reach / scale) ** 2 + (wave_number * scale) ** 2) / 2 - 1)
+    order = full + margin
+    pairs = [(p, l) for l in range(-order, order + 1) for p in range((order - abs(l)) // 2 + 1)]
+    p, l = np.array(sorted(pairs, key=lambda m: (abs(m[1]), m[1], m[0]))).T
+    taper = np.cos(np.pi / 2 * np.clip((2 * p + abs(l) - full + 1) / (margin + 2), 0, 1)) ** 2
+    return Modes(p, l, taper, order, scale)
+
+
+def mode_spectra(modes: Modes, kx: np.ndarray, ky: np.ndarray) -> np.ndarray:
+    """Fourier transforms of the modes, orthonormal over d^2k [Å]; kx, ky in 1/Å of any common shape.
+
+    The modes are their own transforms up to (-i)^(2p+|l|), with width 1 / (2 pi scale).
+    """
+    width = 1 / (2 * math.pi * modes.scale)
+    rho = np.hypot(kx, ky) / width
+    phi = np.arctan2(ky, kx)
+    spectra = np.empty((len(modes.p), *rho.shape), np.complex64)
+    for i, (p, l) in enumerate(zip(modes.p, modes.l)):
+        m = abs(l)
+        norm = math.exp(0.5 * (gammaln(p + 1) - gammaln(p + m + 1))) / math.sqrt(math.pi) / width
+        radial = norm * rho**m * eval_genlaguerre(p, m, rho**2) * np.exp(-(rho**2) / 2)
+        spectra[i] = (-1j) ** int(2 * p + m) * radial * np.exp(1j * l * phi)
+    return spectra
+
+
+class ColumnGram(eqx.Module):
+    """Gram matrices of isolated columns of 1 to n_max atoms, one per independent scrambling.
+
+    Attributes
+    ----------
+    blocks : (scrambling, n_max, order + 1, P, P) complex
+        <chi_pl| G |chi_p'l> of the column of n atoms for |l| = 0 ... order, P = order // 2 + 1, zero-padded; each scrambling a mean over
+        `configurations` thermal configurations.
+    energy, spacing, debye_waller_b, inner, outer, aperture, reach : float
+        What it was built for: eV, Å, Å^2, mrad, mrad, largest incident frequency 1/Å, and Å.
+    """
+
+    blocks: np.ndarray
+    element: str = eqx.field(static=True)
+    energy: float = eqx.field(static=True)
+    spacing: float = eqx.field(static=True)
+    debye_waller_b: float = eqx.field(static=True)
+    inner: float = eqx.field(static=True)
+    outer: float = eqx.field(static=True)
+    aperture: float = eqx.field(static=True)
+    reach: float = eqx.field(static=True)
+    configurations: int = eqx.field(static=True)
+    parametrization: str = eqx.field(static=True)
+
+    @property
+    def n_max(self) -> int:
+        return self.blocks.shape[1]
+
+    @property
+    def modes(self) -> Modes:
+        return laguerre_gauss_modes(self.reach, self.aperture)
+
+    @property
+    def reference_plane(self) -> float:
+        """Depth of the modes' waist below atom 1 [Å]: the middle of the longest column."""
+        return (self.n_max - 1) / 2 * self.spacing
+
+
+class Sweep(NamedTuple):
+    """Everything one pass through the column needs, for `sweep`."""
+
+    incident: jax.Array  # (mode, y, x) spectra at atom 1
+    atom: jax.Array  # (y, x) low-passed transmission of one atom at the origin, Fourier
+    propagator: jax.Array  # (y, x) to the next atom, band-limited
+    qx: jax.Array
+    qy: jax.Array
+    detected: np.ndarray  # flat indices of detector pixels
+    weight: jax.Array  # (detected,) sqrt of the sensitivity
+
+
+def required_sampling(energy: float, outer: float) -> float:
+    """Coarsest sampling [Å] whose 2/3 band limit reaches the detector's outer angle [mrad]."""
+    return wavelength(energy) / (3 * outer * 1e-3)
+
+
+def default_cell(column: Column, energy: float, aperture: float, reach: float) -> float:
+    """Side of the cell [Å] in which the modes, spread over half the column, keep clear of each other's periodic images.
+
+    3 Å are added because the neighbouring image's scattering moves the signal: 0.5 % at 9 Å, under 0.1 % at 11 Å for gold.
+    """
+    modes = laguerre_gauss_modes(reach, aperture)
+    turning = math.sqrt(2 * modes.order + 2)
+    angle = float(wavelength(energy)) * turning / (2 * math.pi * modes.scale)
+    return 2 * (modes.scale * turning + angle * column.spacing * (column.n_atoms - 1) / 2) + 3.0
+
+
+def default_reach(column: Column, convergence_angle: float) -> float:
+    """Radius [Å] at mid-column within which a ray inside the aperture can still meet an atom's core."""
+    return 1.16 + 1e-3 * convergence_angle * column.spacing * (column.n_atoms - 1) / 2
+
+
+def prepare_sweep(
+    column: Column,
+    energy: float,
+    aperture: float,
+    detector: AnnularDetector,
+    reach: float,
+    parametrization: str = "lobato",
+    sampling: float | None = None,
+    cell: float | None = None,
+) -> Sweep:
+    """Incident modes, transmission of an atom and propagator on a grid chosen for the detector.
+
+    The sampling's 2/3 band limit reaches 7 % beyond the outer angle, which keeps absolute intensities within about 0.3 % of the limit.
+    """
+    lam = float(wavelength(energy))
+    sampling = sampling or required_sampling(energy, float(detector.outer)) / 1.07
+    cell = cell or default_cell(column, energy, aperture, reach)
+    n = next_fast_len(math.ceil(cell / sampling))
+    n += n % 2
+    band_limit = n / cell / 3
+    q = np.fft.fftfreq(n, cell / n)
+    qx, qy = np.meshgrid(q, q)
+    q2 = qx**2 + qy**2
+    mask = q2 < band_limit**2
+    atom = transmission(np.zeros((1, 2)), column.element, (cell, cell), (n, n), energy, band_limit, parametrization)
+    middle = (column.n_atoms - 1) / 2 * column.spacing
+    incident = mode_spectra(laguerre_gauss_modes(reach, aperture), qx, qy) / cell * np.exp(1j * np.pi * lam * q2 * middle)
+    rim = 1 / cell
+    angle = np.sqrt(q2)
+    inner, outer = float(detector.inner) * 1e-3 / lam, float(detector.outer) * 1e-3 / lam
+    sensitivity = np.clip((angle - inner) / rim + 0.5, 0, 1) * np.clip((outer - angle) / rim + 0.5, 0, 1) * mask
+    detected = np.flatnonzero(sensitivity)
+    return Sweep(
+        incident=jnp.asarray(incident * mask, jnp.complex64),
+        atom=jnp.fft.fft2(jnp.asarray(atom, jnp.complex64)),
+        propagator=jnp.asarray(mask * np.exp(-1j * np.pi * lam * q2 * column.spacing), jnp.complex64),
+        qx=jnp.asarray(q, jnp.float32),
+        qy=jnp.asarray(q, jnp.float32),
+        detected=detected,
+        weight=jnp.asarray(np.sqrt(sensitivity.ravel()[detected]), jnp.float32),
+    )
+
+
+def sweep_column(
+    displacements: Float[Array, "atom xy"], sweep: Sweep, modes: Modes
+) -> Complex[Array, "atom l p p"]:
+    """Symmetrised Gram blocks after every atom of one thermal configuration (complex64, sums over pixels in matmul).
+
+    Parameters
+    ----------
+    displacements : (atom, 2)
+        Lateral displacement of each atom [Å], top atom first. One pass serves all atom numbers: the wave after atom n is the exit
+        wave of the n-atom column.
+    """
+    by_l = [[np.flatnonzero(modes.l == s * l) for s in ((1, -1) if l else (1,))] for l in range(modes.order + 1)]
+    size = modes.order // 2 + 1
+
+    def gram(waves):
+        seen = waves.reshape(len(modes.l), -1)[:, sweep.detected] * sweep.weight
+        blocks = []
+        for groups in by_l:
+            block = sum(seen[g].conj() @ seen[g].T for g in groups) / len(groups)
+            blocks.append(jnp.pad(block, [(0, size - block.shape[0])] * 2))
+        return jnp.stack(blocks)
+
+    def atom(waves, displacement):
+        shift_x = jnp.exp(-2j * jnp.pi * sweep.qx * displacement[0])
+        shift_y = jnp.exp(-2j * jnp.pi * sweep.qy * displacement[1])
+        transmitted = jnp.fft.ifft2(sweep.atom * shift_y[:, None] * shift_x).astype(jnp.complex64)
+        scatter = lambda wave: jnp.fft.fft2(transmitted * jnp.fft.ifft2(wave))
+        waves = jax.lax.map(scatter, waves, batch_size=8)
+        blocks = gram(waves)
+        return waves * sweep.propagator, blocks
+
+    return jax.lax.scan(atom, sweep.incident, displacements)[1]

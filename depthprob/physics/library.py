@@ -1,0 +1,367 @@
+"""A library of isolated columns: the focal series of 1 to n_max atoms as a few images times smooth functions of defocus minus depth.
+
+An isolated rigid column moved by d gives counts(f; d) = counts(f - d; 0), and its intensity is band-limited in defocus as well as
+laterally, so one set of some fifteen images serves all atom numbers and all depths (singular value decomposition of the series).
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float, Int
+from scipy.interpolate import make_interp_spline
+from scipy.stats import norm, qmc
+
+from .detector import AnnularDetector
+from .electron import wavelength
+from .gram import ColumnGram, default_reach, laguerre_gauss_modes, mode_spectra, prepare_sweep, sweep_column
+from .optics import Microscope, aberration_phase
+from .specimen import Column, rms_from_debye_waller_b
+
+
+class ColumnLibrary(eqx.Module):
+    """Focal series of isolated columns, low-rank in (atom number, defocus - depth).
+
+    Attributes
+    ----------
+    images : (R, Y, X) float
+        Basis images, fraction of the beam, on pixels of `pixel` Å; the column sits at the corner pixel (0, 0), the images wrap around.
+    coefficients : (n_max, K, R) float
+        Cubic B-spline coefficients of the weights over z = defocus - depth, on knots z_start + z_step * (i - 1).
+    cross_section : (n_max,)
+        Integral of the fraction over the image [Å^2].
+    depth_error : (n_max,)
+        Monte-Carlo standard deviation of a depth fitted with this library [Å], from the spread of independent scramblings.
+    """
+
+    images: Float[Array, "rank y x"]
+    coefficients: Float[Array, "n knot rank"]
+    cross_section: np.ndarray
+    depth_error: np.ndarray
+    pixel: float = eqx.field(static=True)
+    z_start: float = eqx.field(static=True)
+    z_step: float = eqx.field(static=True)
+    element: str = eqx.field(static=True)
+    spacing: float = eqx.field(static=True)
+    source_fwhm: float = eqx.field(static=True)
+    band_limit: float = eqx.field(static=True)
+
+    @property
+    def n_max(self) -> int:
+        return self.coefficients.shape[0]
+
+    @property
+    def z_range(self) -> tuple[float, float]:
+        return self.z_start, self.z_start + self.z_step * (self.coefficients.shape[1] - 3)
+
+    def weights(self, n: Int[Array, " column"], z: Float[Array, "column ..."]) -> Float[Array, "column ... rank"]:
+        """Weights of the basis images for columns of n atoms at z = defocus - depth [Å], held constant outside `z_range`."""
+        n_knots = self.coefficients.shape[1]
+        t = jnp.clip((z - self.z_start) / self.z_step, 0.0, n_knots - 3 - 1e-6)
+        i = jnp.floor(t).astype(int)
+        u = (t - i)[..., None]
+        c = jnp.asarray(self.coefficients)
+        row = (n - 1).reshape(n.shape + (1,) * (z.ndim - 1))
+        b = ((1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3)
+        return sum(b[j] * c[row, i + j] for j in range(4)) / 6
+
+    def images_q(self, qx: Float[Array, " x"], qy: Float[Array, " y"]) -> Complex[Array, "rank y x"]:
+        """Continuous Fourier transform of the basis images [Å^2] at frequencies qx, qy [1/Å], zero above the band limit."""
+        images = np.asarray(self.images)
+        y, x = (np.fft.fftfreq(m, 1 / m) * self.pixel for m in images.shape[1:])
+        ex = np.exp(-2j * np.pi * np.outer(x, qx)) * self.pixel
+        ey = np.exp(-2j * np.pi * np.outer(np.asarray(qy), y)) * self.pixel
+        spectra = np.einsum("ay,ryx,xb->rab", ey, images, ex, optimize=True)
+        inside = np.hypot(np.asarray(qy)[:, None], np.asarray(qx)) <= self.band_limit
+        return np.where(inside, spectra, 0).astype(np.complex64)
+
+    def series(self, n: int, z: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Images (Z, Y, X) of the column of n atoms at z = defocus - depth, at pixels x, y [Å] from the column; exact, by Fourier sum."""
+        m_y, m_x = self.images.shape[1:]
+        qy, qx = np.fft.fftfreq(m_y, self.pixel), np.fft.fftfreq(m_x, self.pixel)
+        spectra = np.fft.fft2(np.asarray(self.images)) / (m_y * m_x)
+        ey, ex = np.exp(2j * np.pi * np.outer(y, qy)), np.exp(2j * np.pi * np.outer(qx, x))
+        basis = np.einsum("ya,rab,bx->ryx", ey, spectra, ex, optimize=True).real
+        z = np.atleast_1d(np.asarray(z, float))
+        weights = np.asarray(self.weights(jnp.array([n]), jnp.asarray(z)[None])[0])
+        return np.tensordot(weights, basis, 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write as npz, whole or not at all."""
+        _save(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ColumnLibrary":
+        """Read what `save` wrote."""
+        return _load(path, cls)
+
+
+def column_images(
+    gram: np.ndarray, source: ColumnGram, microscope: Microscope, z: np.ndarray, cell: float, size: int
+) -> Float[np.ndarray, "n z y x"]:
+    """Fraction of the beam for isolated columns of 1 ... n_max atoms at z = defocus - depth [Å], on a periodic cell (float32).
+
+    Parameters
+    ----------
+    gram : (n_max, l, P, P)
+        Gram blocks, for instance the mean of `source.blocks` over scramblings.
+    cell, size : float, int
+        Side [Å] and pixels of the square image; the column sits at pixel (0, 0). size / cell >= 4 k_aperture keeps it alias-free.
+
+    Notes
+    -----
+    I(R) = sum A*_pl(R) G^l_pp' A_p'l(R), A_pl(R) = sum_k a(k) chi*_pl(k) exp(-2 pi i k.R): design of a^H G a with all k once.
+    Source size multiplies the spectrum by exp(-2 pi^2 s^2 q^2); focal spread averages over defocus (Gauss-Hermite).
+    """
+    lam = float(wavelength(microscope.energy))
+    aperture = float(microscope.convergence_angle) * 1e-3 / lam
+    modes = source.modes
+    k = np.fft.fftfreq(size, cell / size)
+    kx, ky = np.meshgrid(k, k)
+    radius = np.hypot(kx, ky)
+    rim = np.clip((aperture - radius) * cell + 0.5, 0, 1)
+    spectra = mode_spectra(modes, kx, ky).conj() * (rim / np.sqrt((rim**2).sum()) / cell)
+    inside = rim > 0
+    spectra = jnp.asarray(spectra[:, inside] * modes.taper[:, None])
+    flat = jnp.asarray(np.flatnonzero(inside))
+    chi0 = jnp.asarray(aberration_phase(microscope, kx[inside], ky[inside], 0.0))
+    k2 = jnp.asarray(radius[inside] ** 2)
+    centres = np.arange(source.n_max) / 2 * source.spacing - source.reference_plane  # centre of mass above the modes' plane
+    groups = [[np.flatnonzero(modes.l == s * l) for s in ((1, -1) if l else (1,))] for l in range(modes.order + 1)]
+    gram = jnp.asarray(gram, jnp.complex64)
+    s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
+    source_factor = jnp.asarray(np.exp(-2 * (np.pi * s * radius) ** 2), jnp.float32)
+
+    def amplitudes(defocus):
+        phase = jnp.exp(-1j * (chi0 - jnp.pi * lam * k2 * defocus))
+        full = jnp.zeros((len(modes.p), size * size), jnp.complex64).at[:, flat].set((spectra * phase).astype(jnp.complex64))
+        return jnp.fft.fft2(full.reshape(-1, size, size)).reshape(len(modes.p), -1)
+
+    @jax.jit
+    def image(n_index, defocus):
+        a = amplitudes(defocus)
+        total = 0.0
+        for l, group in enumerate(groups):
+            for g in group:
+                block = gram[n_index, l, : len(g), : len(g)]
+                total = total + jnp.sum((a[g].conj() * (block @ a[g])).real, 0)
+        return jnp.fft.ifft2(jnp.fft.fft2(total.reshape(size, size)) * source_factor).real
+
+    spread = float(microscope.focal_spread)
+    nodes, node_weights = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
+    node_weights = node_weights / node_weights.sum()
+    out = np.zeros((source.n_max, len(z), size, size), np.float32)
+    for n in range(source.n_max):
+        for node, w in zip(nodes, node_weights):
+            f = jnp.asarray(z + centres[n] + spread * node)
+            out[n] += w * np.asarray(jax.lax.map(lambda d: image(n, d), f))
+    return out
+
+
+def library_from_gram(
+    source: ColumnGram,
+    microscope: Microscope,
+    z_range: tuple[float, float],
+    z_step: float = 5.0,
+    tolerance: float = 2e-5,
+    image_cell: float | None = None,
+) -> ColumnLibrary:
+    """Library of columns for one setting of the lens: any convergence angle up to the one G was built for, aberrations, source size.
+
+    Parameters
+    ----------
+    z_range : (low, high)
+        Range of defocus - depth [Å].
+    tolerance : float
+        Largest error of the low-rank form relative to the brightest pixel.
+    """
+    lam = float(wavelength(microscope.energy))
+    aperture = float(microscope.convergence_angle) * 1e-3 / lam
+    if aperture > source.aperture * (1 + 1e-6):
+        raise ValueError(
+            f"convergence_angle is {float(microscope.convergence_angle):g} mrad, but the Gram matrix holds angles up to "
+            f"{source.aperture * lam * 1e3:g} mrad. Build it for the larger angle."
+        )
+    z = np.arange(z_range[0], z_range[1] + z_step, z_step)
+    widest = max(abs(z[0]), abs(z[-1]))
+    cell = image_cell or 2 * (1e-3 * float(microscope.convergence_angle) * widest + 7.0)
+    size = int(np.ceil(4.1 * aperture * cell / 2)) * 2
+    mean = source.blocks.mean(0)
+    images = column_images(mean, source, microscope, z, cell, size)
+    n_max = source.n_max
+    flat = images.reshape(n_max * len(z), -1)
+    normal = flat.astype(np.float64) @ flat.T.astype(np.float64)
+    values, vectors = np.linalg.eigh(normal)
+    order = np.argsort(values)[::-1]
+    peak = flat.max()
+    for rank in range(6, len(order)):
+        chosen = vectors[:, order[:rank]]
+        basis = chosen.T @ flat
+        if abs(flat - chosen @ basis).max() < tolerance * peak:
+            break
+    scale = np.abs(basis).max(1, keepdims=True)
+    weights = (chosen * scale.T).reshape(n_max, len(z), rank)
+    spline = make_interp_spline(z, weights.transpose(1, 0, 2), k=3, bc_type="natural")
+    coefficients = _uniform_spline_coefficients(z, spline)
+    return ColumnLibrary(
+        images=(basis / scale).reshape(rank, size, size).astype(np.float32),
+        coefficients=coefficients.transpose(1, 0, 2),
+        cross_section=images.reshape(n_max, len(z), -1).sum(-1)[:, np.argmin(abs(z))] * (cell / size) ** 2,
+        depth_error=depth_error(source, microscope, mean, z, cell, size),
+        pixel=cell / size,
+        z_start=float(z[0]),
+        z_step=z_step,
+        element=source.element,
+        spacing=source.spacing,
+        source_fwhm=float(microscope.source_fwhm),
+        band_limit=2 * aperture,
+    )
+
+
+def depth_error(source, microscope, mean, z, cell, size) -> np.ndarray:
+    """Monte-Carlo sd of the depth that this library gives, per atom number [Å].
+
+    The step of a Poisson-weighted fit, sum I' dI / I over sum I'^2 / I, from each scrambling's images to the mean's, amplitude profiled out;
+    sd of the steps over the root of the number of scramblings.
+    """
+    m = source.blocks.shape[0]
+    if m < 2:
+        return np.full(source.n_max, np.nan)
+    grid = np.arange(max(z[0], -200.0), min(z[-1], 200.0) + 1, 20.0)
+    step = 2.0
+    reference = column_images(mean, source, microscope, grid, cell, size)
+    slope = (column_images(mean, source, microscope, grid - step, cell, size)
+             - column_images(mean, source, microscope, grid + step, cell, size)) / (2 * step)
+    weight = 1 / np.maximum(reference, 1e-4 * reference.max())
+    shifts = []
+    for block in source.blocks:
+        delta = column_images(block, source, microscope, grid, cell, size) - reference
+        inner = lambda a, b: (a * b * weight).sum((1, 2, 3), dtype=np.float64)
+        ss, sa, aa = inner(slope, slope), inner(slope, reference), inner(reference, reference)
+        sd, ad = inner(slope, delta), inner(reference, delta)
+        shifts.append((aa * sd - sa * ad) / (ss * aa - sa**2))
+    return np.std(shifts, axis=0, ddof=1) / np.sqrt(m)
+
+
+def _uniform_spline_coefficients(z, spline) -> np.ndarray:
+    """Coefficients on uniform knots of the same natural cubic spline: (len(z) + 2, ...)."""
+    # s(z_i) = (c_{i} + 4 c_{i+1} + c_{i+2}) / 6 on the padded index; natural ends: second differences zero
+    values = spline(z)
+    m = len(z)
+    a = np.zeros((m + 2, m + 2))
+    a[0, :3] = (1, -2, 1)
+    a[-1, -3:] = (1, -2, 1)
+    for i in range(m):
+        a[i + 1, i : i + 3] = np.array([1, 4, 1]) / 6
+    rhs = np.zeros((m + 2, *values.shape[1:]))
+    rhs[1:-1] = values
+    return np.linalg.solve(a, rhs.reshape(m + 2, -1)).reshape(rhs.shape)
+
+
+def thermal_draws(n_atoms: int, debye_waller_b: float, configurations: int, seed: int) -> np.ndarray:
+    """Scrambled Sobol draws of the lateral displacements, (configuration, atom, 2) in Å; Gaussian of rms sqrt(B / 8 pi^2) per axis.
+
+    The atoms nearest the detector vary first: the leading Sobol dimensions are the best distributed.
+    """
+    sobol = qmc.Sobol(2 * n_atoms, scramble=True, rng=np.random.default_rng(seed))
+    uniform = sobol.random(configurations)
+    u = float(rms_from_debye_waller_b(debye_waller_b))
+    return u * norm.ppf(np.clip(uniform, 1e-12, 1 - 1e-12)).reshape(configurations, n_atoms, 2)
+
+
+def build_gram(
+    column: Column,
+    energy: float,
+    convergence_angle: float,
+    detector: AnnularDetector,
+    configurations: int = 16,
+    scramblings: int = 8,
+    seed: int = 0,
+    parametrization: str = "lobato",
+    checkpoint: str | Path | None = None,
+    progress: Callable = lambda items, **_: items,
+    sampling: float | None = None,
+    reach: float | None = None,
+    cell: float | None = None,
+) -> ColumnGram:
+    """Gram matrices of isolated columns of 1 to column.n_atoms atoms by frozen-phonon multislice.
+
+    Parameters
+    ----------
+    column : Column
+        Its n_atoms is the largest atom number of the library.
+    configurations, scramblings : int
+        Thermal configurations in a scrambling, and independent scramblings (at least 8 for a depth error one can trust).
+    checkpoint : path, optional
+        Sums are kept here after every configuration; a rerun with the same settings goes on from it.
+    progress : callable
+        Wraps the iteration over configurations, for instance `tqdm.tqdm`.
+    """
+    aperture = float(convergence_angle) * 1e-3 / float(wavelength(energy))
+    reach = reach or default_reach(column, convergence_angle)
+    modes = laguerre_gauss_modes(reach, aperture)
+    sweep = prepare_sweep(column, energy, aperture, detector, reach, parametrization, sampling, cell)
+    one = jax.jit(lambda u, sweep: sweep_column(u, sweep, modes))
+    size = modes.order // 2 + 1
+    sums = np.zeros((scramblings, column.n_atoms, modes.order + 1, size, size), np.complex128)
+    done = 0
+    if checkpoint and Path(checkpoint).exists():
+        with np.load(checkpoint, allow_pickle=False) as saved:
+            if saved["sums"].shape == sums.shape:
+                sums, done = saved["sums"].copy(), int(saved["done"])
+    draws = [thermal_draws(column.n_atoms, column.debye_waller_b, configurations, seed * 1000 + i) for i in range(scramblings)]
+    # scramblings take turns, so that what is done when interrupted is balanced
+    order = [(s, c) for c in range(configurations) for s in range(scramblings)]
+    traced = sweep._replace(detected=jnp.asarray(sweep.detected))
+    for i, (s, c) in enumerate(progress(order, desc="column library", unit="configuration")):
+        if i < done:
+            continue
+        sums[s] += np.asarray(one(jnp.asarray(draws[s][c], jnp.float32), traced))
+        if checkpoint and (i % 8 == 7 or i + 1 == len(order)):
+            _atomic_npz(checkpoint, sums=sums, done=i + 1)
+    return ColumnGram(
+        blocks=(sums / configurations).astype(np.complex64),
+        element=column.element,
+        energy=float(energy),
+        spacing=float(column.spacing),
+        debye_waller_b=float(column.debye_waller_b),
+        inner=float(detector.inner),
+        outer=float(detector.outer),
+        aperture=aperture,
+        reach=float(reach),
+        configurations=configurations,
+        parametrization=parametrization,
+    )
+
+
+def save_gram(path: str | Path, gram: ColumnGram) -> None:
+    """Write a Gram matrix as npz, whole or not at all."""
+    _save(path, gram)
+
+
+def load_gram(path: str | Path) -> ColumnGram:
+    """Read what `save_gram` wrote."""
+    return _load(path, ColumnGram)
+
+
+def _atomic_npz(path: str | Path, **arrays) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
+    np.savez_compressed(temporary, **arrays)
+    os.replace(temporary, path)
+
+
+def _save(path, module) -> None:
+    _atomic_npz(path, **{f.name: np.asarray(getattr(module, f.name)) for f in dataclasses.fields(module)})
+
+
+def _load(path, cls):
+    with np.load(path, allow_pickle=False) as saved:
+        values = {f.name: saved[f.name] for f in dataclasses.fields(cls)}
+    return cls(**{k: v if v.ndim else v.item() for k, v in values.items()})

@@ -1,0 +1,315 @@
+"""Reading stacks: every fault is found and named; writing: whole or not at all."""
+
+import builtins
+import io as python_io
+import json
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+
+from depthprob import io
+from depthprob.config import config_from_dict
+from depthprob.errors import InputError
+
+FOCI = np.array([-10.0, 0.0, 10.0])
+SHAPE = (3, 5, 4)
+STACK_FORMATS = (".npz", ".nc", ".h5", ".hdf5", ".tif", ".tiff")
+
+
+def settings(**changes):
+    detector = changes.pop("detector", {})
+    series = {"defocus_A": list(FOCI), "pixel_size_A": 0.2, "dose_e_per_A2": 1000.0}
+    return config_from_dict({"focal_series": series | changes, "detector": detector})
+
+
+@pytest.fixture
+def counts():
+    return np.random.default_rng(3).poisson(20.0, SHAPE).astype(float)
+
+
+def save(path, stack, **entries):
+    entries = {"defocus_A": FOCI, "pixel_size_A": 0.2} | entries
+    np.savez(path, stack=stack, **entries)
+    return path
+
+
+def fault(path, config=None):
+    with pytest.raises(InputError) as caught:
+        io.read_stack(path, config or settings())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", STACK_FORMATS)
+def test_a_stack_written_reads_back_the_same(tmp_path, counts, suffix):
+    path = tmp_path / f"stack{suffix}"
+    io.write_stack(path, io.Stack(counts, FOCI, 0.2, {"dose_e_per_A2": np.full(3, 1000.0)}))
+    read = io.read_stack(path, settings())
+    np.testing.assert_array_equal(read.data, counts)
+    np.testing.assert_array_equal(read.defocus_A, FOCI)
+    assert read.data.dtype == np.float64
+    assert read.pixel_size_A == 0.2
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", STACK_FORMATS)
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.6, 0.97])
+def test_a_truncated_file_is_an_input_error(tmp_path, suffix, kept):
+    path = tmp_path / f"stack{suffix}"
+    data = np.random.default_rng(0).poisson(50.0, (3, 64, 64))
+    io.write_stack(path, io.Stack(data, FOCI, 0.2))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    assert "cannot read" in fault(path)
+
+
+@pytest.mark.parametrize("suffix", STACK_FORMATS)
+def test_rubbish_is_an_input_error(tmp_path, suffix):
+    path = tmp_path / f"stack{suffix}"
+    path.write_bytes(np.random.default_rng(0).bytes(3000))
+    assert "cannot read" in fault(path)
+
+
+def test_a_flipped_byte_in_a_compressed_stack_is_an_input_error(tmp_path):
+    path = tmp_path / "stack.npz"
+    np.savez_compressed(path, stack=np.random.default_rng(0).poisson(50.0, (3, 64, 64)))
+    damaged = bytearray(path.read_bytes())
+    damaged[2000] ^= 0xFF
+    path.write_bytes(damaged)
+    assert "cannot read" in fault(path)
+
+
+def test_foci_and_pixels_may_be_absent_from_the_file(tmp_path, counts):
+    np.savez(tmp_path / "stack.npz", stack=counts)
+    assert io.read_stack(tmp_path / "stack.npz", settings()).pixel_size_A == 0.2
+
+
+def test_classic_netcdf_and_transposed_dimensions_are_read(tmp_path, counts):
+    import xarray
+
+    data = xarray.Dataset({"stack": (("x", "y", "defocus"), counts.T)}, attrs={"pixel_size_A": 0.2})
+    for engine in ("scipy", "h5netcdf"):
+        data.to_netcdf(tmp_path / "stack.nc", engine=engine)
+        np.testing.assert_array_equal(io.read_stack(tmp_path / "stack.nc", settings()).data, counts)
+
+
+def test_fractions_become_counts_by_dose_and_pixel_area(tmp_path):
+    fraction = np.random.default_rng(0).uniform(0, 0.2, SHAPE)
+    path = save(tmp_path / "stack.npz", fraction)
+    read = io.read_stack(path, settings(signal="fraction", dose_e_per_A2=[100.0, 200.0, 400.0]))
+    np.testing.assert_allclose(read.data, fraction * np.array([4.0, 8.0, 16.0])[:, None, None], rtol=1e-12)
+
+
+def test_raw_values_become_counts_by_offset_and_gain(tmp_path, counts):
+    path = save(tmp_path / "stack.npz", 2.5 * counts + 7)
+    read = io.read_stack(path, settings(signal="raw", detector={"gain": 2.5, "offset": 7.0}))
+    np.testing.assert_allclose(read.data, counts, atol=1e-12)
+
+
+def test_missing_files_and_folders_are_named(tmp_path):
+    assert "no stack file" in fault(tmp_path / "none.npz")
+    assert "is a folder" in fault(tmp_path)
+
+
+def test_the_array_must_be_named_stack(tmp_path, counts):
+    np.savez(tmp_path / "stack.npz", images=counts)
+    assert "'images'" in fault(tmp_path / "stack.npz")
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4, 1), (0, 5, 4), (3,)])
+def test_only_three_dimensions_are_a_stack(tmp_path, shape):
+    assert "(defocus, y, x)" in fault(save(tmp_path / "stack.npz", np.ones(shape)))
+
+
+@pytest.mark.parametrize("dtype", [complex, object, str, bool])
+def test_only_real_numbers_are_a_stack(tmp_path, dtype):
+    assert "real numbers" in fault(save(tmp_path / "stack.npz", np.ones(SHAPE).astype(dtype)))
+
+
+def test_the_number_of_images_must_be_the_number_of_foci(tmp_path, counts):
+    np.savez(tmp_path / "stack.npz", stack=counts)
+    message = fault(tmp_path / "stack.npz", config_from_dict({}))
+    assert "3 images" in message and "41 foci" in message
+
+
+@pytest.mark.parametrize(
+    ("entry", "given", "stated"),
+    [
+        ({"defocus_A": np.array([-10.0, 0.0, 11.0])}, "11", "10"),
+        ({"defocus_A": -FOCI}, "10", "-10"),
+        ({"pixel_size_A": 0.25}, "0.25", "0.2"),
+        ({"dose_e_per_A2": 999.0}, "999", "1000"),
+        ({"pixel_size_A": np.nan}, "nan", "0.2"),
+    ],
+)
+def test_a_contradiction_names_both_values(tmp_path, counts, entry, given, stated):
+    message = fault(save(tmp_path / "stack.npz", counts, **entry))
+    assert f"is {given} in the file and {stated} in the config" in message
+
+
+def test_metadata_in_single_precision_is_no_contradiction(tmp_path, counts):
+    foci = np.array([-10.1, 0.3, 10.7])
+    path = save(tmp_path / "s.npz", counts, defocus_A=foci.astype("f4"), pixel_size_A=np.float32(0.2))
+    io.read_stack(path, settings(defocus_A=list(foci)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_counted_and_located(tmp_path, counts, bad):
+    counts[1, 2, 3] = counts[2, 0, 0] = bad
+    message = fault(save(tmp_path / "stack.npz", counts))
+    assert "2 pixels, the first in image 1 at (y, x) = (2, 3)" in message
+
+
+def test_negative_counts_are_located(tmp_path, counts):
+    counts[2, 4, 1] = -1
+    assert "1 pixels, the first in image 2 at (y, x) = (4, 1)" in fault(save(tmp_path / "s.npz", counts))
+
+
+def test_negative_raw_values_need_read_noise(tmp_path, counts):
+    path = save(tmp_path / "stack.npz", counts - 30)
+    assert "read_noise" in fault(path, settings(signal="raw"))
+    noisy = settings(signal="raw", detector={"read_noise": 15.0})
+    np.testing.assert_array_equal(io.read_stack(path, noisy).data, counts - 30)
+
+
+def test_counts_that_are_not_whole_point_to_the_signal(tmp_path, counts):
+    message = fault(save(tmp_path / "stack.npz", counts / 3))
+    assert "'fraction'" in message and "'raw'" in message
+
+
+def test_a_fraction_above_one_points_to_the_signal(tmp_path, counts):
+    assert "at most 1" in fault(save(tmp_path / "stack.npz", counts), settings(signal="fraction"))
+
+
+def test_constant_images_are_found(tmp_path, counts):
+    counts[1] = 7
+    assert "the first is image 1" in fault(save(tmp_path / "stack.npz", counts))
+
+
+def test_a_header_that_asks_for_more_than_the_memory_is_refused_before_allocation(tmp_path):
+    header = python_io.BytesIO()
+    claim = {"descr": "<f8", "fortran_order": False, "shape": (3, 10**7, 10**7)}
+    np.lib.format.write_array_header_1_0(header, claim)
+    with zipfile.ZipFile(tmp_path / "stack.npz", "w") as archive:
+        archive.writestr("stack.npy", header.getvalue())
+    assert "memory" in fault(tmp_path / "stack.npz")
+
+
+def test_colour_and_mixed_tiffs_are_refused(tmp_path):
+    import tifffile
+
+    tifffile.imwrite(tmp_path / "colour.tif", np.zeros((8, 8, 3), np.uint8), photometric="rgb")
+    assert "colour" in fault(tmp_path / "colour.tif")
+    with tifffile.TiffWriter(tmp_path / "mixed.tif") as file:
+        file.write(np.zeros((8, 8), np.uint8))
+        file.write(np.zeros((9, 8), np.uint8))
+    assert "series" in fault(tmp_path / "mixed.tif")
+
+
+def test_a_pixel_size_in_an_imagej_tiff_is_compared(tmp_path, counts):
+    import tifffile
+
+    for size_nm, agrees in ((0.02, True), (0.03, False)):
+        tifffile.imwrite(
+            tmp_path / "stack.tif",
+            counts.astype(np.uint16),
+            imagej=True,
+            resolution=(1 / size_nm, 1 / size_nm),
+            metadata={"unit": "nm", "axes": "ZYX"},
+        )
+        if agrees:
+            io.read_stack(tmp_path / "stack.tif", settings())
+        else:
+            assert "0.3 in the file and 0.2 in the config" in fault(tmp_path / "stack.tif")
+
+
+def test_other_formats_name_the_extra_when_it_is_absent(tmp_path, monkeypatch):
+    imports = builtins.__import__
+
+    def without_rosettasciio(name, *args, **kwargs):
+        if name == "rsciio":
+            raise ImportError(name)
+        return imports(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_rosettasciio)
+    (tmp_path / "stack.dm4").write_bytes(struct.pack(">i", 4))
+    assert "depthprob[io]" in fault(tmp_path / "stack.dm4")
+
+
+def test_an_unknown_format_is_an_input_error(tmp_path):
+    (tmp_path / "stack.docx").write_bytes(b"")
+    fault(tmp_path / "stack.docx")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(ZeroDivisionError), io.atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+        1 / 0  # noqa: B018
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), io.atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "columns.csv").write_text("half")
+        1 / 0  # noqa: B018
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_keeps_its_other_files(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "columns.csv").write_text("old")
+    with io.atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "columns.csv").write_text("new")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "columns.csv").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_columns_csv_has_the_order_of_the_contract(tmp_path):
+    rows = {name: np.full(2, 0.5) for name in reversed(io.COLUMNS) if name != "column"}
+    rows |= {"n_atoms": np.array([4, 5]), "extra": np.array(["a", "b"])}
+    io.write_columns_csv(tmp_path / "columns.csv", rows)
+    lines = (tmp_path / "columns.csv").read_text().splitlines()
+    assert lines[0] == ",".join([*io.COLUMNS, "extra"])
+    assert lines[1] == "0,0.5,0.5,0.5,0.5,4,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,0.5,a"
+    with pytest.raises(ValueError, match="crlb_A"):
+        io.write_columns_csv(tmp_path / "columns.csv", {"x_A": [1.0]})
+
+
+def test_drift_csv_has_the_columns_of_the_contract(tmp_path):
+    io.write_drift_csv(tmp_path / "drift.csv", FOCI, np.array([[1, 2], [0, 0], [-1, -2.5]]), np.full(3, 0.1))
+    lines = (tmp_path / "drift.csv").read_text().splitlines()
+    assert lines[0] == "image,defocus_A,dx_px,dy_px,sd_px"
+    assert lines[3] == "2,10,-1,-2.5,0.1"
+
+
+def test_structure_xyz_is_read_by_ase(tmp_path):
+    import ase.io
+
+    positions = np.array([[1.0, 2.0, -3.0], [4.0, 5.0, 6.5]])
+    io.write_xyz(
+        tmp_path / "structure.xyz",
+        "Au",
+        positions,
+        np.full((2, 3), 0.1),
+        np.array([0.9, 1.0]),
+        np.array([0, 3]),
+        'absolute: z = 0 is "in focus" at defocus 0',
+    )
+    atoms = ase.io.read(tmp_path / "structure.xyz")
+    assert list(atoms.symbols) == ["Au", "Au"]
+    np.testing.assert_allclose(atoms.positions, positions, atol=1e-6)
+    np.testing.assert_allclose(atoms.arrays["position_sd"], 0.1)
+    np.testing.assert_array_equal(atoms.arrays["column"], [0, 3])
+    assert "in focus" in atoms.info["gauge"] and not atoms.pbc.any()
+
+
+def test_json_writes_null_for_what_is_not_finite(tmp_path):
+    content = {"bound": np.inf, "depths": np.array([1.0, np.nan]), "n": np.int64(3), "ok": np.True_}
+    io.write_json(tmp_path / "a.json", content)
+    read = json.loads((tmp_path / "a.json").read_text())
+    assert read == {"bound": None, "depths": [1.0, None], "n": 3, "ok": True}
