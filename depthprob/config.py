@@ -57,9 +57,9 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 def _number(
     *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
+    above: float | int | None = None,
+    at_least: float | int | None = None,
+    at_most: float | int | None = None,
     whole: bool = False,
 ) -> Check:
     """Check of one finite number within its range, read as float, or as int where `whole`."""
@@ -556,11 +556,11 @@ def check_sampling(config: Config) -> None:
     InputError
         Naming the sampling that would do.
     """
-    from .physics.electron import wavelength
-
     sampling = config.simulation.potential_sampling_A
     if sampling is None:
         return
+    from .physics.electron import wavelength
+
     wave = float(wavelength(config.microscope.energy_keV * 1e3))
     reach = 1e3 * wave / (3 * sampling)
     outer = float(config.detector.outer.max())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Real
 
 from .config import Config
 from .errors import InputError
@@ -41,7 +41,15 @@ COLUMNS = (
     "crlb_A",
     "goodness_of_fit",
 )
-LENGTHS_A = {"Å": 1.0, "Å": 1.0, "A": 1.0, "angstrom": 1.0, "nm": 10.0, "pm": 0.01, "m": 1e10}
+LENGTHS_A = {
+    "\u00c5": 1.0,
+    "\u212b": 1.0,
+    "A": 1.0,
+    "angstrom": 1.0,
+    "nm": 10.0,
+    "pm": 0.01,
+    "m": 1e10,
+}
 LENGTHS_A |= {"µm": 1e4, "μm": 1e4, "um": 1e4, "micron": 1e4}
 
 
@@ -60,8 +68,8 @@ class Stack(NamedTuple):
         Whatever else goes with it; `dose_e_per_A2` (focus,) and `signal` are set by `read_stack`.
     """
 
-    data: Float[np.ndarray, "focus y x"]
-    defocus_A: Float[np.ndarray, " focus"]
+    data: Real[np.ndarray, "focus y x"]
+    defocus_A: Real[np.ndarray, " focus"]
     pixel_size_A: float
     metadata: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
 
@@ -132,7 +140,7 @@ def _naming(path: Path, *faults: type[Exception]) -> Iterator[None]:
 def _memory_bytes() -> float:
     """Physical memory of this computer, infinite where the system does not tell."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return math.inf
 
@@ -351,25 +359,14 @@ def _read_rosettasciio(path: Path) -> _Content:
         raise InputError(
             f"{path}: {path.stat().st_size / 2**30:.1f} GiB do not fit into memory. Crop or bin the images."
         )
-    faults = (
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        NotImplementedError,
-    )
-    faults += (EOFError, RuntimeError, struct.error, zlib.error)
-    with _naming(path, *faults):
+    plugins.sort(key=lambda plugin: plugin["name"].lower() != suffix)  # MRC before MRCZ
+    for plugin in plugins:
         try:
-            reader = importlib.import_module(plugins[0]["api"])
-        except ImportError as error:
-            raise InputError(
-                f"{path}: the reader {plugins[0]['name']!r} lacks a package: {error}. Install it."
-            ) from None
-        signals = reader.file_reader(str(path))
+            signals = _signals_of_rosettasciio(path, plugin)
+            break
+        except InputError:
+            if plugin is plugins[-1]:
+                raise
     stacks = [s for s in signals if np.ndim(s["data"]) == 3]
     if len(stacks) != 1:
         shapes = [np.shape(s["data"]) for s in signals]
@@ -381,31 +378,47 @@ def _read_rosettasciio(path: Path) -> _Content:
     return _Content(data, *_axes_of_rosettasciio(path, axes))
 
 
+def _signals_of_rosettasciio(path: Path, plugin: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All data sets of a file; its readers meet damage with whatever their next line raises."""
+    faults = (OSError, EOFError, LookupError, TypeError, AttributeError, AssertionError)
+    faults += (ValueError, RuntimeError, struct.error, zlib.error)
+    with _naming(path, *faults):
+        try:
+            reader = importlib.import_module(plugin["api"])
+        except ImportError as error:
+            raise InputError(
+                f"{path}: the reader {plugin['name']!r} lacks a package: {error}. Install it."
+            ) from None
+        return reader.file_reader(str(path))
+
+
 def _axes_of_rosettasciio(
     path: Path, axes: Sequence[Mapping[str, Any]]
 ) -> tuple[np.ndarray | None, float | None]:
     """Foci and pixel size where the file states them as lengths."""
-    if any("eV" in str(axis.get("units")) for axis in axes):
+    if all(axis.get("index_in_array") is not None for axis in axes):
+        axes = sorted(axes, key=lambda axis: axis["index_in_array"])
+    units = [str(axis.get("units") or "").replace("_", "") for axis in axes]
+    if any("eV" in unit or "rad" in unit or "1/" in unit or "^-1" in unit for unit in units):
         raise InputError(
-            f"{path}: one axis is an energy in eV; allowed is a stack of images (defocus, y, x)."
+            f"{path}: its axes have the units {units}; allowed is a stack of images (defocus, y, x), no spectra, "
+            "angles or diffraction patterns."
         )
-    sizes = [
-        abs(float(axis["scale"])) * LENGTHS_A[str(axis.get("units"))]
-        for axis in axes[1:]
-        if str(axis.get("units")) in LENGTHS_A
+    lengths = [
+        abs(float(axis["scale"])) * LENGTHS_A[unit] if unit in LENGTHS_A else None
+        for axis, unit in zip(axes, units, strict=True)
     ]
-    if len(sizes) == 2 and not math.isclose(*sizes, rel_tol=1e-3):
+    height, width = lengths[1:]
+    if height is not None and width is not None and not math.isclose(height, width, rel_tol=1e-3):
         raise InputError(
-            f"{path}: pixels are {sizes[0]:g} Å high and {sizes[1]:g} Å wide; allowed are square pixels. Resample the images."
+            f"{path}: pixels are {height:g} Å high and {width:g} Å wide; allowed are square pixels. Resample the images."
         )
-    focus = axes[0]
     defocus = None
-    if "focus" in str(focus.get("name")).lower() and str(focus.get("units")) in LENGTHS_A:
-        steps = np.arange(int(focus["size"]))
-        defocus = (float(focus["offset"]) + float(focus["scale"]) * steps) * LENGTHS_A[
-            str(focus["units"])
-        ]
-    return defocus, sizes[0] if len(sizes) == 2 else None
+    if "focus" in str(axes[0].get("name")).lower() and units[0] in LENGTHS_A:
+        steps = np.arange(int(axes[0]["size"]))
+        first, step = float(axes[0]["offset"]), float(axes[0]["scale"])
+        defocus = (first + step * steps) * LENGTHS_A[units[0]]
+    return defocus, width if height is not None else None
 
 
 _READERS: dict[str, Callable[[Path], _Content]] = {
@@ -599,7 +612,7 @@ def write_stack(path: str | Path, stack: Stack) -> None:
         entries["dose_e_per_A2"] = np.asarray(stack.metadata["dose_e_per_A2"], float)
     with atomic_write(path) as temporary:
         if suffix == ".npz":
-            np.savez_compressed(temporary, stack=data, **entries)
+            np.savez_compressed(temporary, allow_pickle=False, stack=data, **entries)
         elif suffix == ".nc":
             _write_netcdf(temporary, data, entries)
         elif suffix in (".h5", ".hdf5"):
@@ -624,7 +637,9 @@ def _write_netcdf(path: Path, data: np.ndarray, entries: Mapping[str, np.ndarray
         "pixel_size_A": "angstrom",
         "dose_e_per_A2": "electron/angstrom^2",
     }
-    variables = {"stack": (("defocus", "y", "x"), data, {"units": "electron/pixel"})}
+    variables: dict[str, Any] = {
+        "stack": (("defocus", "y", "x"), data, {"units": "electron/pixel"})
+    }
     for name, value in entries.items():
         variables[name] = (("defocus",)[: value.ndim], value, {"units": units[name]})
     encoding = {"stack": {"zlib": True}}
@@ -666,9 +681,9 @@ def write_columns_csv(path: str | Path, rows: Mapping[str, Any]) -> None:
 
 def write_drift_csv(
     path: str | Path,
-    defocus_A: Float[np.ndarray, " focus"],
-    displacement_px: Float[np.ndarray, "focus 2"],
-    sd_px: Float[np.ndarray, " focus"],
+    defocus_A: Real[np.ndarray, " focus"],
+    displacement_px: Real[np.ndarray, "focus 2"],
+    sd_px: Real[np.ndarray, " focus"],
 ) -> None:
     """Write the displacement (dx, dy) [pixel] of the object in every image and its standard deviation."""
     displacement_px = np.asarray(displacement_px)
@@ -686,9 +701,9 @@ def write_drift_csv(
 def write_xyz(
     path: str | Path,
     element: str | Sequence[str],
-    positions: Float[np.ndarray, "atom 3"],
-    position_sd: Float[np.ndarray, "atom 3"],
-    site_probability: Float[np.ndarray, " atom"],
+    positions: Real[np.ndarray, "atom 3"],
+    position_sd: Real[np.ndarray, "atom 3"],
+    site_probability: Real[np.ndarray, " atom"],
     column: Any,
     gauge: str,
 ) -> None:

@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 from depthprob.cli import app
 
-CONFIG = "[focal_series]\ndefocus_A = [-10.0, 0.0, 10.0]\npixel_size_A = 0.2\ndose_e_per_A2 = 1000.0\n"
+CONFIG = (
+    "[focal_series]\ndefocus_A = [-10.0, 0.0, 10.0]\npixel_size_A = 0.2\ndose_e_per_A2 = 1000.0\n"
+)
 
 
 @pytest.fixture

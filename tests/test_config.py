@@ -46,7 +46,9 @@ def test_current_and_dwell_time_give_the_dose_of_the_papers_experiment():
 
 def test_rms_displacement_of_gold_gives_its_b():
     config = config_from_dict({"specimen": {"rms_displacement_A": 0.0893}})
-    assert math.isclose(config.specimen.debye_waller_b, 0.63, rel_tol=1e-3)  # both rounded in the paper
+    assert math.isclose(
+        config.specimen.debye_waller_b, 0.63, rel_tol=1e-3
+    )  # both rounded in the paper
 
 
 def test_a_descending_range_of_foci_is_fine():
@@ -77,7 +79,10 @@ def test_a_descending_range_of_foci_is_fine():
         ({"detector": {"sensitivity": "nowhere.npy"}}, ["nowhere.npy"]),
         ({"focal_series": {"defocus_A": []}}, ["defocus_A"]),
         ({"focal_series": {"defocus_A": [1, 2, 1.0]}}, ["distinct"]),
-        ({"focal_series": {"defocus_A": [1, 2], "defocus_step_A": 1}}, ["defocus_A", "defocus_step_A"]),
+        (
+            {"focal_series": {"defocus_A": [1, 2], "defocus_step_A": 1}},
+            ["defocus_A", "defocus_step_A"],
+        ),
         ({"focal_series": {"defocus_step_A": 0}}, ["zero"]),
         ({"focal_series": {"defocus_step_A": -10}}, ["sign"]),
         ({"focal_series": {"defocus_step_A": 15}}, ["defocus_stop_A = 190"]),

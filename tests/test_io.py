@@ -5,6 +5,7 @@ import io as python_io
 import json
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from depthprob.errors import InputError
 
 FOCI = np.array([-10.0, 0.0, 10.0])
 SHAPE = (3, 5, 4)
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 STACK_FORMATS = (".npz", ".nc", ".h5", ".hdf5", ".tif", ".tiff")
 
 
@@ -98,7 +100,9 @@ def test_fractions_become_counts_by_dose_and_pixel_area(tmp_path):
     fraction = np.random.default_rng(0).uniform(0, 0.2, SHAPE)
     path = save(tmp_path / "stack.npz", fraction)
     read = io.read_stack(path, settings(signal="fraction", dose_e_per_A2=[100.0, 200.0, 400.0]))
-    np.testing.assert_allclose(read.data, fraction * np.array([4.0, 8.0, 16.0])[:, None, None], rtol=1e-12)
+    np.testing.assert_allclose(
+        read.data, fraction * np.array([4.0, 8.0, 16.0])[:, None, None], rtol=1e-12
+    )
 
 
 def test_raw_values_become_counts_by_offset_and_gain(tmp_path, counts):
@@ -150,7 +154,9 @@ def test_a_contradiction_names_both_values(tmp_path, counts, entry, given, state
 
 def test_metadata_in_single_precision_is_no_contradiction(tmp_path, counts):
     foci = np.array([-10.1, 0.3, 10.7])
-    path = save(tmp_path / "s.npz", counts, defocus_A=foci.astype("f4"), pixel_size_A=np.float32(0.2))
+    path = save(
+        tmp_path / "s.npz", counts, defocus_A=foci.astype("f4"), pixel_size_A=np.float32(0.2)
+    )
     io.read_stack(path, settings(defocus_A=list(foci)))
 
 
@@ -163,7 +169,9 @@ def test_nan_and_infinity_are_counted_and_located(tmp_path, counts, bad):
 
 def test_negative_counts_are_located(tmp_path, counts):
     counts[2, 4, 1] = -1
-    assert "1 pixels, the first in image 2 at (y, x) = (4, 1)" in fault(save(tmp_path / "s.npz", counts))
+    assert "1 pixels, the first in image 2 at (y, x) = (4, 1)" in fault(
+        save(tmp_path / "s.npz", counts)
+    )
 
 
 def test_negative_raw_values_need_read_noise(tmp_path, counts):
@@ -242,6 +250,31 @@ def test_an_unknown_format_is_an_input_error(tmp_path):
     fault(tmp_path / "stack.docx")
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of trial data")
+def test_the_trial_particle_is_read():
+    config = config_from_dict({"focal_series": {"pixel_size_A": 0.204, "periodic": True}})
+    stack = io.read_stack(SHARED / "particle_D.npz", config)
+    assert stack.data.shape == (41, 100, 100)
+    assert stack.data.dtype == np.float64
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of trial data")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ncem_08_carbon.dm3", "exactly one (defocus, y, x) stack"),
+        ("ncem_dmTest_3D_int16_64-65-66.dm3", "30 Å high and 0.02 Å wide"),
+        ("rsciio_prismatic_Si100_3D.emd", "mrad"),
+        ("rsciio_velox_tem_stack.emd", "2 images"),
+        ("ncem_temp.mrc", "2 in the file and 0.2 in the config"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_real_files_of_other_kinds_are_understood_and_refused(name, words):
+    pytest.importorskip("rsciio")
+    assert words in fault(SHARED / "files" / name)
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(ZeroDivisionError), io.atomic_write(tmp_path / "a.txt") as temporary:
@@ -281,7 +314,9 @@ def test_columns_csv_has_the_order_of_the_contract(tmp_path):
 
 
 def test_drift_csv_has_the_columns_of_the_contract(tmp_path):
-    io.write_drift_csv(tmp_path / "drift.csv", FOCI, np.array([[1, 2], [0, 0], [-1, -2.5]]), np.full(3, 0.1))
+    io.write_drift_csv(
+        tmp_path / "drift.csv", FOCI, np.array([[1, 2], [0, 0], [-1, -2.5]]), np.full(3, 0.1)
+    )
     lines = (tmp_path / "drift.csv").read_text().splitlines()
     assert lines[0] == "image,defocus_A,dx_px,dy_px,sd_px"
     assert lines[3] == "2,10,-1,-2.5,0.1"

@@ -108,9 +108,9 @@ class ColumnGram(eqx.Module):
         return laguerre_gauss_modes(self.reach, self.aperture)
 
     @property
-    def reference_plane(self) -> float:
-        """Depth of the modes' waist below atom 1 [Å]: the middle of the longest column."""
-        return (self.n_max - 1) / 2 * self.spacing
+    def centre_of_mass(self) -> np.ndarray:
+        """Centre of mass of each column below the modes' plane, which halves the longest column (n_max,) [Å]."""
+        return (np.arange(self.n_max) - (self.n_max - 1)) / 2 * self.spacing
 
 
 class Sweep(NamedTuple):

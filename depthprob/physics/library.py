@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
-from scipy.interpolate import make_interp_spline
 from scipy.stats import norm, qmc
 
 from .detector import AnnularDetector
@@ -32,17 +31,20 @@ class ColumnLibrary(eqx.Module):
     images : (R, Y, X) float
         Basis images, fraction of the beam, on pixels of `pixel` Å; the column sits at the corner pixel (0, 0), the images wrap around.
     coefficients : (n_max, K, R) float
-        Cubic B-spline coefficients of the weights over z = defocus - depth, on knots z_start + z_step * (i - 1).
+        Cubic B-spline coefficients of the weights over defocus - depth + centre, on knots z_start + z_step * (i - 1).
     cross_section : (n_max,)
         Integral of the fraction over the image [Å^2].
     depth_error : (n_max,)
         Monte-Carlo standard deviation of a depth fitted with this library [Å], from the spread of independent scramblings.
+    centre : (n_max,)
+        Centre of mass of each column in the frame of the sweep that made it [Å].
     """
 
     images: Float[Array, "rank y x"]
     coefficients: Float[Array, "n knot rank"]
     cross_section: np.ndarray
     depth_error: np.ndarray
+    centre: np.ndarray
     pixel: float = eqx.field(static=True)
     z_start: float = eqx.field(static=True)
     z_step: float = eqx.field(static=True)
@@ -57,12 +59,14 @@ class ColumnLibrary(eqx.Module):
 
     @property
     def z_range(self) -> tuple[float, float]:
-        return self.z_start, self.z_start + self.z_step * (self.coefficients.shape[1] - 3)
+        end = self.z_start + self.z_step * (self.coefficients.shape[1] - 3)
+        return self.z_start - float(self.centre[0]), end - float(self.centre[-1])
 
     def weights(self, n: Int[Array, " column"], z: Float[Array, "column ..."]) -> Float[Array, "column ... rank"]:
         """Weights of the basis images for columns of n atoms at z = defocus - depth [Å], held constant outside `z_range`."""
         n_knots = self.coefficients.shape[1]
-        t = jnp.clip((z - self.z_start) / self.z_step, 0.0, n_knots - 3 - 1e-6)
+        centre = jnp.asarray(self.centre)[n - 1].reshape(n.shape + (1,) * (z.ndim - 1))
+        t = jnp.clip((z + centre - self.z_start) / self.z_step, 0.0, n_knots - 3 - 1e-6)
         i = jnp.floor(t).astype(int)
         u = (t - i)[..., None]
         c = jnp.asarray(self.coefficients)
@@ -102,20 +106,22 @@ class ColumnLibrary(eqx.Module):
 
 
 def column_images(
-    gram: np.ndarray, source: ColumnGram, microscope: Microscope, z: np.ndarray, cell: float, size: int
-) -> Float[np.ndarray, "n z y x"]:
-    """Fraction of the beam for isolated columns of 1 ... n_max atoms at z = defocus - depth [Å], on a periodic cell (float32).
+    grams: np.ndarray, source: ColumnGram, microscope: Microscope, plane: np.ndarray, cell: float, size: int
+) -> Float[np.ndarray, "gram z y x"]:
+    """Fraction of the beam for each Gram matrix with the probe's crossover in each plane, on a periodic cell (float32).
 
     Parameters
     ----------
-    gram : (n_max, l, P, P)
-        Gram blocks, for instance the mean of `source.blocks` over scramblings.
+    grams : (m, l, P, P)
+        Blocks as in `source.blocks`, any number of atom numbers or scramblings.
+    plane : (z,)
+        Depth of the crossover below the modes' own plane [Å]: defocus - depth + `centre_of_mass`.
     cell, size : float, int
         Side [Å] and pixels of the square image; the column sits at pixel (0, 0). size / cell >= 4 k_aperture keeps it alias-free.
 
     Notes
     -----
-    I(R) = sum A*_pl(R) G^l_pp' A_p'l(R), A_pl(R) = sum_k a(k) chi*_pl(k) exp(-2 pi i k.R): design of a^H G a with all k once.
+    I(R) = sum A*_pl(R) G^l_pp' A_p'l(R), A_pl(R) = sum_k a(k) chi*_pl(k) exp(-2 pi i k.R): a^H G a with all k once.
     Source size multiplies the spectrum by exp(-2 pi^2 s^2 q^2); focal spread averages over defocus (Gauss-Hermite).
     """
     lam = float(wavelength(microscope.energy))
@@ -125,41 +131,36 @@ def column_images(
     kx, ky = np.meshgrid(k, k)
     radius = np.hypot(kx, ky)
     rim = np.clip((aperture - radius) * cell + 0.5, 0, 1)
-    spectra = mode_spectra(modes, kx, ky).conj() * (rim / np.sqrt((rim**2).sum()) / cell)
     inside = rim > 0
-    spectra = jnp.asarray(spectra[:, inside] * modes.taper[:, None])
+    amplitude = rim[inside] / np.sqrt((rim**2).sum()) / cell
+    spectra = jnp.asarray(mode_spectra(modes, kx[inside], ky[inside]).conj() * amplitude * modes.taper[:, None], jnp.complex64)
     flat = jnp.asarray(np.flatnonzero(inside))
-    chi0 = jnp.asarray(aberration_phase(microscope, kx[inside], ky[inside], 0.0))
+    chi = jnp.asarray(aberration_phase(microscope, kx[inside], ky[inside], 0.0))
     k2 = jnp.asarray(radius[inside] ** 2)
-    centres = np.arange(source.n_max) / 2 * source.spacing - source.reference_plane  # centre of mass above the modes' plane
-    groups = [[np.flatnonzero(modes.l == s * l) for s in ((1, -1) if l else (1,))] for l in range(modes.order + 1)]
-    gram = jnp.asarray(gram, jnp.complex64)
+    groups = [np.flatnonzero(modes.l == s * l) for l in range(modes.order + 1) for s in ((1, -1) if l else (1,))]
+    grams = jnp.asarray(grams, jnp.complex64)
     s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
     source_factor = jnp.asarray(np.exp(-2 * (np.pi * s * radius) ** 2), jnp.float32)
 
-    def amplitudes(defocus):
-        phase = jnp.exp(-1j * (chi0 - jnp.pi * lam * k2 * defocus))
-        full = jnp.zeros((len(modes.p), size * size), jnp.complex64).at[:, flat].set((spectra * phase).astype(jnp.complex64))
-        return jnp.fft.fft2(full.reshape(-1, size, size)).reshape(len(modes.p), -1)
-
     @jax.jit
-    def image(n_index, defocus):
-        a = amplitudes(defocus)
-        total = 0.0
-        for l, group in enumerate(groups):
-            for g in group:
-                block = gram[n_index, l, : len(g), : len(g)]
-                total = total + jnp.sum((a[g].conj() * (block @ a[g])).real, 0)
-        return jnp.fft.ifft2(jnp.fft.fft2(total.reshape(size, size)) * source_factor).real
+    def images(crossover):
+        a = spectra * jnp.exp(-1j * (chi - jnp.pi * lam * k2 * crossover)).astype(jnp.complex64)
+        waves = jnp.zeros((len(modes.p), size * size), jnp.complex64).at[:, flat].set(a)
+        waves = jnp.fft.fft2(waves.reshape(-1, size, size)).reshape(len(modes.p), -1)
+        total = jnp.zeros((len(grams), size * size), jnp.float32)
+        for g in groups:
+            n = len(g)
+            block = grams[:, abs(modes.l[g[0]]), :n, :n].reshape(-1, n)
+            seen = (block @ waves[g]).reshape(len(grams), n, -1)
+            total = total + jnp.sum(waves[g].real * seen.real + waves[g].imag * seen.imag, 1)
+        return jnp.fft.ifft2(jnp.fft.fft2(total.reshape(-1, size, size)) * source_factor).real
 
     spread = float(microscope.focal_spread)
-    nodes, node_weights = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
-    node_weights = node_weights / node_weights.sum()
-    out = np.zeros((source.n_max, len(z), size, size), np.float32)
-    for n in range(source.n_max):
-        for node, w in zip(nodes, node_weights):
-            f = jnp.asarray(z + centres[n] + spread * node)
-            out[n] += w * np.asarray(jax.lax.map(lambda d: image(n, d), f))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
+    out = np.zeros((len(grams), len(plane), size, size), np.float32)
+    for i, z in enumerate(plane):
+        for node, weight in zip(nodes, weights / weights.sum()):
+            out[:, i] += weight * np.asarray(images(float(z + spread * node)))
     return out
 
 
@@ -187,80 +188,81 @@ def library_from_gram(
             f"convergence_angle is {float(microscope.convergence_angle):g} mrad, but the Gram matrix holds angles up to "
             f"{source.aperture * lam * 1e3:g} mrad. Build it for the larger angle."
         )
-    z = np.arange(z_range[0], z_range[1] + z_step, z_step)
-    widest = max(abs(z[0]), abs(z[-1]))
+    n_max = source.n_max
+    centre = source.centre_of_mass
+    first = z_range[0] + centre[0]
+    plane = np.arange(first, z_range[1] + centre[-1] + z_step, z_step)
+    widest = max(abs(z_range[0]), abs(z_range[1]))
     cell = image_cell or 2 * (1e-3 * float(microscope.convergence_angle) * widest + 7.0)
     size = int(np.ceil(4.1 * aperture * cell / 2)) * 2
     mean = source.blocks.mean(0)
-    images = column_images(mean, source, microscope, z, cell, size)
-    n_max = source.n_max
-    flat = images.reshape(n_max * len(z), -1)
-    normal = flat.astype(np.float64) @ flat.T.astype(np.float64)
-    values, vectors = np.linalg.eigh(normal)
-    order = np.argsort(values)[::-1]
-    peak = flat.max()
-    for rank in range(6, len(order)):
-        chosen = vectors[:, order[:rank]]
-        basis = chosen.T @ flat
-        if abs(flat - chosen @ basis).max() < tolerance * peak:
-            break
-    scale = np.abs(basis).max(1, keepdims=True)
-    weights = (chosen * scale.T).reshape(n_max, len(z), rank)
-    spline = make_interp_spline(z, weights.transpose(1, 0, 2), k=3, bc_type="natural")
-    coefficients = _uniform_spline_coefficients(z, spline)
+    images = column_images(mean, source, microscope, plane, cell, size)
+    flat = images.reshape(n_max * len(plane), -1)
+    basis, weights = _low_rank(flat, tolerance)
+    weights = weights.reshape(n_max, len(plane), -1)
     return ColumnLibrary(
-        images=(basis / scale).reshape(rank, size, size).astype(np.float32),
-        coefficients=coefficients.transpose(1, 0, 2),
-        cross_section=images.reshape(n_max, len(z), -1).sum(-1)[:, np.argmin(abs(z))] * (cell / size) ** 2,
-        depth_error=depth_error(source, microscope, mean, z, cell, size),
-        pixel=cell / size,
-        z_start=float(z[0]),
-        z_step=z_step,
+        images=basis.reshape(-1, size, size).astype(np.float32),
+        coefficients=np.stack([_natural_spline(w) for w in weights]),
+        cross_section=images[:, np.argmin(abs(plane))].sum((1, 2), dtype=np.float64) * (cell / size) ** 2,
+        depth_error=depth_error(source, microscope, images, plane, cell, size),
+        centre=centre,
+        pixel=float(cell / size),
+        z_start=float(plane[0]),
+        z_step=float(z_step),
         element=source.element,
         spacing=source.spacing,
         source_fwhm=float(microscope.source_fwhm),
-        band_limit=2 * aperture,
+        band_limit=float(2 * aperture),
     )
 
 
-def depth_error(source, microscope, mean, z, cell, size) -> np.ndarray:
+def _low_rank(flat: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Fewest rows `basis` and `weights` with |flat - weights @ basis| < tolerance * max(flat); each basis row peaks at one."""
+    normal = flat.astype(np.float64) @ flat.T.astype(np.float64)
+    values, vectors = np.linalg.eigh(normal)
+    vectors = vectors[:, np.argsort(values)[::-1]]
+    for rank in range(6, len(values) + 1):
+        weights = vectors[:, :rank]
+        basis = weights.T @ flat
+        if abs(flat - weights @ basis).max() < tolerance * flat.max():
+            break
+    scale = np.abs(basis).max(1)
+    return basis / scale[:, None], weights * scale
+
+
+def depth_error(source: ColumnGram, microscope: Microscope, images: np.ndarray, plane: np.ndarray, cell: float, size: int) -> np.ndarray:
     """Monte-Carlo sd of the depth that this library gives, per atom number [Å].
 
-    The step of a Poisson-weighted fit, sum I' dI / I over sum I'^2 / I, from each scrambling's images to the mean's, amplitude profiled out;
-    sd of the steps over the root of the number of scramblings.
+    The step of a Poisson-weighted fit from each scrambling's images to the mean's, amplitude profiled out; sd of the steps over the
+    root of the number of scramblings. Foci every 20 Å within 200 Å.
     """
-    m = source.blocks.shape[0]
-    if m < 2:
+    scramblings = source.blocks.shape[0]
+    if scramblings < 2:
         return np.full(source.n_max, np.nan)
-    grid = np.arange(max(z[0], -200.0), min(z[-1], 200.0) + 1, 20.0)
-    step = 2.0
-    reference = column_images(mean, source, microscope, grid, cell, size)
-    slope = (column_images(mean, source, microscope, grid - step, cell, size)
-             - column_images(mean, source, microscope, grid + step, cell, size)) / (2 * step)
+    stride = max(1, round(20.0 / (plane[1] - plane[0])))
+    chosen = np.flatnonzero(abs(plane) <= 200.0)[1:-1:stride]
+    chosen = chosen[(chosen > 0) & (chosen < len(plane) - 1)]
+    reference = images[:, chosen]
+    slope = (images[:, chosen - 1] - images[:, chosen + 1]) / (plane[2] - plane[0])
     weight = 1 / np.maximum(reference, 1e-4 * reference.max())
-    shifts = []
-    for block in source.blocks:
-        delta = column_images(block, source, microscope, grid, cell, size) - reference
-        inner = lambda a, b: (a * b * weight).sum((1, 2, 3), dtype=np.float64)
-        ss, sa, aa = inner(slope, slope), inner(slope, reference), inner(reference, reference)
-        sd, ad = inner(slope, delta), inner(reference, delta)
-        shifts.append((aa * sd - sa * ad) / (ss * aa - sa**2))
-    return np.std(shifts, axis=0, ddof=1) / np.sqrt(m)
+    inner = lambda a, b: (a * b * weight).sum((1, 2, 3), dtype=np.float64)
+    ss, sa, aa = inner(slope, slope), inner(slope, reference), inner(reference, reference)
+    steps = []
+    for blocks in source.blocks:
+        delta = column_images(blocks, source, microscope, plane[chosen], cell, size) - reference
+        steps.append((aa * inner(slope, delta) - sa * inner(reference, delta)) / (ss * aa - sa**2))
+    return np.std(steps, axis=0, ddof=1) / np.sqrt(scramblings)
 
 
-def _uniform_spline_coefficients(z, spline) -> np.ndarray:
-    """Coefficients on uniform knots of the same natural cubic spline: (len(z) + 2, ...)."""
-    # s(z_i) = (c_{i} + 4 c_{i+1} + c_{i+2}) / 6 on the padded index; natural ends: second differences zero
-    values = spline(z)
-    m = len(z)
-    a = np.zeros((m + 2, m + 2))
-    a[0, :3] = (1, -2, 1)
-    a[-1, -3:] = (1, -2, 1)
+def _natural_spline(values: np.ndarray) -> np.ndarray:
+    """Uniform cubic B-spline coefficients (m + 2, ...) through values (m, ...), second derivative zero at the ends."""
+    m = len(values)
+    banded = np.zeros((m + 2, m + 2))
+    banded[0, :3] = banded[-1, -3:] = (1, -2, 1)
     for i in range(m):
-        a[i + 1, i : i + 3] = np.array([1, 4, 1]) / 6
-    rhs = np.zeros((m + 2, *values.shape[1:]))
-    rhs[1:-1] = values
-    return np.linalg.solve(a, rhs.reshape(m + 2, -1)).reshape(rhs.shape)
+        banded[i + 1, i : i + 3] = np.array([1, 4, 1]) / 6
+    padded = np.pad(values, [(1, 1)] + [(0, 0)] * (values.ndim - 1))
+    return np.linalg.solve(banded, padded.reshape(m + 2, -1)).reshape(padded.shape)
 
 
 def thermal_draws(n_atoms: int, debye_waller_b: float, configurations: int, seed: int) -> np.ndarray:

@@ -80,18 +80,17 @@ class Reconstruction:
     truth: object = None
 
 
-@dataclass(frozen=True)
-class Timer:
-    """Seconds each stage took, and one line on the terminal as it starts."""
+class Stages:
+    """Names each stage on the terminal as it starts and keeps the seconds it took."""
 
-    quiet: bool
-    seconds: dict = field(default_factory=dict)
+    def __init__(self, quiet: bool):
+        self.quiet, self.seconds, self._name, self._start = quiet, {}, None, 0.0
 
-    def stage(self, name: str, start: list = [None, None]):
+    def __call__(self, name: str | None) -> None:
         now = time.perf_counter()
-        if start[0]:
-            self.seconds[start[0]] = round(now - start[1], 2)
-        start[0], start[1] = name, now
+        if self._name:
+            self.seconds[self._name] = round(now - self._start, 2)
+        self._name, self._start = name, now
         if name and not self.quiet:
             tqdm.write(f"depthprob: {name}")
 
@@ -222,10 +221,99 @@ def atoms_needed(config: Config, volumes: np.ndarray, progress) -> int:
     largest = 1.15 * np.max(volumes)
     for n_max in (12, 24, 48):
         try_first = gram_for(config, n_max, progress, scramblings=1, configurations=1) if n_max > 12 else gram_for(config, 12, progress)
-        library = library_from_gram(try_first, replace_source(config), (-20.0, 20.0), z_step=20.0)
+        library = library_from_gram(try_first, microscope_of(config), (-20.0, 20.0), z_step=20.0)
         if library.cross_section[-1] > largest:
             return max(12, int(np.searchsorted(library.cross_section, largest)) + 2)
     raise InputError(
         f"the brightest column scatters {np.max(volumes):.3g} Å^2, more than {n_max} atoms of {config.specimen.element} "
         f"({library.cross_section[-1]:.3g} Å^2). Check dose, signal and detector angles, or set inference.max_atoms."
     )
+
+
+def disc_weights(positions, shifts, shape, pixel_size, radius, periodic):
+    """Unit discs around columns, in every image: list over images of (column, pixel) sparse rows."""
+
+
+def reconstruct(
+    stack: Stack,
+    config: Config,
+    library: ColumnLibrary | None = None,
+    method: str | None = None,
+    quiet: bool = False,
+    progress=None,
+) -> Reconstruction:
+    """Take a focal series to column depths, atom numbers and atoms.
+
+    Parameters
+    ----------
+    stack : Stack
+        Counts (F, y, x) as `io.read_stack` returns them.
+    library : ColumnLibrary, optional
+        Built (or found in the cache) when absent.
+
+    Raises
+    ------
+    InputError
+        When the series shows no columns, or columns brighter than the library.
+    """
+    method = method or config.inference.method
+    stages = Stages(quiet)
+    progress = progress or (lambda items, **k: tqdm(items, disable=quiet, **k))
+    series_config = config.focal_series
+    periodic, pixel = series_config.periodic, stack.pixel_size_A
+    dose = np.broadcast_to(np.asarray(series_config.dose, float), stack.defocus_A.shape)
+    fraction = stack.data / (dose * pixel**2)[:, None, None]
+    warnings: list[str] = []
+
+    stages("drift")
+    drift = estimate_drift(fraction, pixel, stack.defocus_A, periodic)
+
+    stages("columns")
+    aligned = shift_images(fraction, -drift, periodic)
+    average, chosen = central_average(aligned, stack.defocus_A)
+    found = find_columns(average, pixel)
+    if len(found) < 1:
+        raise InputError("no columns were found on the average of the central images. Check signal, dose and defocus of the series.")
+    columns = fit_columns(average, found, pixel, periodic)
+
+    stages("library")
+    if library is None:
+        library = library_for(config, atoms_needed(config, columns.volume, progress), progress)
+    stages("counts")
+    reference = library_cross_sections(library, stack.defocus_A[chosen], pixel)
+    counted = count_by_library(columns.volume, columns.volume_sd, reference)
+    mixture = gaussian_mixture_counts(columns.volume, max_components=min(len(found) // 2 + 1, library.n_max + 3))
+
+    stages("joint fit")
+    series = FocalSeries(stack.defocus_A, pixel, dose, stack.data.shape[1:], periodic)
+    start = Field(
+        positions=columns.positions,
+        n_atoms=np.asarray(counted.n),
+        depths=np.zeros(len(found)),
+        background=np.full(len(dose), max(1e-5, float(np.quantile(fraction, 0.02)))),
+        gain=np.ones(len(dose)),
+        image_shifts=drift * pixel,
+    )
+    mask = edge_mask(series, columns.positions, library, config)
+    fit = infer(stack.data, start, library, series, method="mle", mask=mask, free=config.inference.free)
+    probability = counted.probability
+    for _ in range(4):
+        amplitude, amplitude_sd = column_amplitudes(stack.data, fit.field, library, series, mask=mask)
+        n_now = np.asarray(fit.field.n_atoms)
+        measured = amplitude * library.cross_section[n_now - 1]
+        sd = np.hypot(amplitude_sd, 0.015) * library.cross_section[n_now - 1]
+        recount = count_by_library(measured, sd, library.cross_section)
+        probability = recount.probability
+        if np.array_equal(recount.n, n_now):
+            break
+        fit = infer(stack.data, fit.field._replace_counts(recount.n), library, series, method="mle", mask=mask, free=config.inference.free)
+    else:
+        warnings.append("Atom counts had not settled after four rounds of counting and fitting.")
+
+    stages("Gaussian peaks")
+    field = fit.field
+    shifts = np.asarray(field.image_shifts)
+    baseline = fit_gaussian_peaks(fraction, np.asarray(field.positions), np.asarray(field.n_atoms), library, series, shifts)
+
+    stages(f"posterior ({method})")
+    return None

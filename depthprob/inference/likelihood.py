@@ -1,0 +1,387 @@
+"""Poisson likelihood of a whole stack: joint maximum, Fisher information and goodness of fit.
+
+Parameters are a dictionary of arrays, one per name of `PARAMETERS`; depths and positions belong to columns, the rest to images.
+Gain and background enter as logarithms. The gauge: image shifts sum to zero, so positions are those of the mean image.
+"""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..physics.focal_series import (
+    Field,
+    FocalSeries,
+    Renderer,
+    counts_per_fraction,
+    defocus_minus_depth,
+    expected_counts,
+    phases,
+    renderer,
+    to_pixels,
+)
+from ..physics.library import ColumnLibrary
+
+PER_COLUMN = ("depth", "x", "y")
+PER_IMAGE = ("log_gain", "log_background", "shift_x", "shift_y")
+GLOBAL = ("focus_offset", "focus_step")
+PARAMETERS = PER_COLUMN + PER_IMAGE + GLOBAL
+DARKEST = 1e-6  # e/pixel; a mean below it is not told from it by any series, and keeps logarithms finite
+
+
+class Problem(eqx.Module):
+    """A stack and the model it is compared with."""
+
+    counts: jax.Array
+    library: ColumnLibrary
+    series: FocalSeries
+    draw: Renderer
+    n_atoms: jax.Array
+    mask: jax.Array
+    start: dict
+    free: tuple[str, ...] = eqx.field(static=True)
+
+
+class Estimate(NamedTuple):
+    """Result of a fit.
+
+    Attributes
+    ----------
+    parameters : dict of arrays
+    covariance : (P, P)
+        Inverse of Fisher information plus priors, over the free parameters in `names` order.
+    names : list of (name, index)
+    log_posterior, iterations, converged
+    """
+
+    parameters: dict
+    covariance: np.ndarray
+    names: list
+    log_posterior: float
+    iterations: int
+    converged: bool
+
+    def sd(self, name: str) -> np.ndarray:
+        """Standard deviations of one parameter array."""
+        chosen = [i for i, (n, _) in enumerate(self.names) if n == name]
+        return np.sqrt(np.diag(self.covariance)[chosen])
+
+
+def free_parameters(free: tuple[str, ...]) -> tuple[str, ...]:
+    """Names in `PARAMETERS` behind the config's words; depths are always free."""
+    words = {
+        "positions": ("x", "y"),
+        "background": ("log_background",),
+        "gain": ("log_gain",),
+        "image_shifts": ("shift_x", "shift_y"),
+        "focus_offset": ("focus_offset",),
+        "focus_step": ("focus_step",),
+    }
+    chosen = {"depth"} | {name for word in free for name in words[word]}
+    return tuple(name for name in PARAMETERS if name in chosen)
+
+
+def make_problem(
+    counts: np.ndarray,
+    field: Field,
+    library: ColumnLibrary,
+    series: FocalSeries,
+    free: tuple[str, ...] = ("positions", "background", "gain", "image_shifts"),
+    mask: np.ndarray | None = None,
+) -> Problem:
+    """Gather a stack (F, ny, nx) [e/pixel], a starting field and what is free; masked pixels (False) are not used."""
+    shifts = np.asarray(field.image_shifts, float)
+    start = {
+        "depth": field.depths,
+        "x": np.asarray(field.positions)[:, 0] + shifts[:, 0].mean(),
+        "y": np.asarray(field.positions)[:, 1] + shifts[:, 1].mean(),
+        "log_gain": np.log(field.gain),
+        "log_background": np.log(np.maximum(field.background, 1e-7)),
+        "shift_x": shifts[:, 0] - shifts[:, 0].mean(),
+        "shift_y": shifts[:, 1] - shifts[:, 1].mean(),
+        "focus_offset": np.array(float(field.focus_offset)),
+        "focus_step": np.array(float(field.focus_step)),
+    }
+    start = {k: jnp.asarray(v, float) for k, v in start.items()}
+    used = np.ones(np.shape(counts), bool) if mask is None else mask
+    return Problem(
+        jnp.asarray(counts, jnp.float32), library, series, renderer(library, series), jnp.asarray(field.n_atoms), jnp.asarray(used), start, free_parameters(free)
+    )
+
+
+def field_of(parameters: dict, n_atoms: jax.Array) -> Field:
+    """The field that a parameter dictionary describes."""
+    p = parameters
+    return Field(
+        positions=jnp.stack([p["x"], p["y"]], 1),
+        n_atoms=n_atoms,
+        depths=p["depth"],
+        background=jnp.exp(p["log_background"]),
+        gain=jnp.exp(p["log_gain"]),
+        image_shifts=jnp.stack([p["shift_x"], p["shift_y"]], 1),
+        focus_offset=p["focus_offset"],
+        focus_step=p["focus_step"],
+    )
+
+
+def log_likelihood(parameters: dict, problem: Problem) -> jax.Array:
+    """Poisson log-likelihood, without the term that depends on the counts alone; rates in float32, the sum in float64 under x64."""
+    rate = jnp.maximum(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw), DARKEST)
+    terms = jnp.where(problem.mask, problem.counts * jnp.log(rate) - rate, 0.0)
+    return jnp.sum(terms, dtype=float)
+
+
+PRIOR_SD = {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 0.5, "shift_y": 0.5, "focus_offset": 20.0, "focus_step": 0.05}
+MEAN_SHIFT_SD = 1e-3  # Å; fixes the gauge
+
+
+def log_prior(parameters: dict, problem: Problem) -> jax.Array:
+    """Weak normal priors about the start (`PRIOR_SD`), Jeffreys' prior of a Poisson rate for the background, and the gauge.
+
+    Depths have a normal prior of 100 Å about zero. Background b has p(b) = b^(-1/2), so log b has density b^(1/2).
+    """
+    total = 0.0
+    for name in problem.free:
+        value = parameters[name]
+        if name == "log_background":
+            total = total + jnp.sum(value) / 2
+        else:
+            centre = 0.0 if name == "depth" else problem.start[name]
+            total = total - jnp.sum((value - centre) ** 2) / (2 * PRIOR_SD[name] ** 2)
+    for name in ("shift_x", "shift_y"):
+        if name in problem.free:
+            total = total - jnp.mean(parameters[name]) ** 2 / (2 * MEAN_SHIFT_SD**2)
+    return total
+
+
+def log_posterior(parameters: dict, problem: Problem) -> jax.Array:
+    """Log-likelihood plus log-prior."""
+    return log_likelihood(parameters, problem) + log_prior(parameters, problem)
+
+
+def _index(problem: Problem) -> list:
+    return [(name, i) for name in problem.free for i in range(max(1, problem.start[name].size))]
+
+
+@jax.jit
+def _image_terms(parameters: dict, problem: Problem, i: jax.Array):
+    """Derivatives of image i: by its columns (3C, pixel), its own four parameters (4, pixel), the focus (2, pixel); and its rate."""
+    field = field_of(parameters, problem.n_atoms)
+    series, draw = problem.series, problem.draw
+    z = defocus_minus_depth(field, series)[:, i]
+    weights, slopes = jax.jvp(lambda z: problem.library.weights(problem.n_atoms, z), (z,), (jnp.ones_like(z),))
+    along_y, along_x = phases(draw, field.positions + field.image_shifts[i])
+    spot = along_y[:, :, None] * along_x[:, None, :]
+    basis = draw.basis
+    shape = lambda w: jnp.einsum("cr,rab->cab", w.astype(jnp.float32), basis) * spot
+    image, by_z = shape(weights), shape(slopes)
+    by_x = image * (-2j * jnp.pi * draw.qx).astype(jnp.complex64)
+    by_y = image * (-2j * jnp.pi * draw.qy).astype(jnp.complex64)[:, None]
+    scale = counts_per_fraction(series)[i, 0, 0]
+    gain, background = field.gain[i], field.background[i]
+    flat = lambda s: to_pixels(draw, s).reshape(s.shape[0], -1) * gain
+    d_z, d_x, d_y = flat(by_z), flat(by_x), flat(by_y)
+    signal = to_pixels(draw, image.sum(0)).ravel() * gain
+    nominal = jnp.asarray(series.defocus)
+    defocus = nominal[i] - jnp.mean(nominal)
+    own = jnp.stack([signal, jnp.full_like(signal, background), d_x.sum(0), d_y.sum(0)])
+    focus = jnp.stack([d_z.sum(0), d_z.sum(0) * defocus])
+    columns = jnp.concatenate([-d_z, d_x, d_y])
+    return scale * columns, scale * own, scale * focus, scale * (signal + background)
+
+
+@jax.jit
+def _image_sums(parameters: dict, problem: Problem, i: jax.Array):
+    columns, own, focus, rate = _image_terms(parameters, problem, i)
+    rate = jnp.maximum(rate, DARKEST).astype(float)
+    used = problem.mask[i].ravel()
+    jacobian = jnp.concatenate([columns, own, focus]).astype(float) * jnp.where(used, rate**-0.5, 0.0)
+    residual = jnp.where(used, (problem.counts[i].ravel() - rate) * rate**-0.5, 0.0)
+    return jacobian @ jacobian.T, jacobian @ residual
+
+
+def fisher_and_score(parameters: dict, problem: Problem, progress=lambda items, **_: items) -> tuple[np.ndarray, np.ndarray]:
+    """Poisson Fisher matrix sum (dn)(dn)^T / n and score sum (N / n - 1) dn, over the free parameters, float64.
+
+    One image at a time: memory is one image's derivatives, 3 columns + 6 rows of pixels.
+    """
+    n_columns, n_foci = len(problem.n_atoms), len(problem.series.defocus)
+    blocks = {}
+    at = 0
+    for name in PARAMETERS:
+        size = n_columns if name in PER_COLUMN else n_foci if name in PER_IMAGE else 1
+        blocks[name] = at + np.arange(size)
+        at += size
+    fisher, score = np.zeros((at, at)), np.zeros(at)
+    for i in range(n_foci):
+        f, s = (np.asarray(a) for a in _image_sums(parameters, problem, i))
+        rows = np.concatenate([np.arange(3 * n_columns), [blocks[n][i] for n in PER_IMAGE], [blocks[n][0] for n in GLOBAL]])
+        fisher[np.ix_(rows, rows)] += f
+        score[rows] += s
+    keep = np.concatenate([blocks[n] for n in problem.free])
+    return fisher[np.ix_(keep, keep)], score[keep]
+
+
+def prior_precision(problem: Problem) -> np.ndarray:
+    """Curvature of the log-prior over the free parameters (P, P); for log background one half, its value at the mode."""
+    names = _index(problem)
+    diagonal = np.array([0.5 if n == "log_background" else PRIOR_SD[n] ** -2 for n, _ in names])
+    precision = np.diag(diagonal)
+    for name in ("shift_x", "shift_y"):
+        chosen = np.array([i for i, (n, _) in enumerate(names) if n == name], int)
+        if len(chosen):
+            precision[np.ix_(chosen, chosen)] += 1 / (len(chosen) * MEAN_SHIFT_SD) ** 2
+    return precision
+
+
+def to_vector(parameters: dict, problem: Problem) -> np.ndarray:
+    """Free parameters in the order of the Fisher matrix."""
+    return np.concatenate([np.ravel(parameters[n]) for n in problem.free])
+
+
+def from_vector(vector, problem: Problem) -> dict:
+    """Parameter dictionary with the free ones taken from a vector (works under jit)."""
+    parameters, at = dict(problem.start), 0
+    for name in problem.free:
+        shape = problem.start[name].shape
+        size = int(np.prod(shape))
+        parameters[name] = vector[at : at + size].reshape(shape)
+        at += size
+    return parameters
+
+
+
+def maximum(problem: Problem, progress=lambda items, **_: items, max_iterations: int = 40) -> Estimate:
+    """Joint maximum of likelihood times weak priors by Fisher scoring with Levenberg damping.
+
+    Starts with a scan of one depth common to all columns, then scores until no step exceeds 1e-3 standard deviations.
+    """
+    objective = jax.jit(lambda v: log_posterior(from_vector(v, problem), problem))
+    gradient_prior = jax.jit(jax.grad(lambda v: log_prior(from_vector(v, problem), problem)))
+    precision = prior_precision(problem)
+    base = to_vector(problem.start, problem)
+    n_columns = len(problem.n_atoms)
+    best = max(
+        (np.concatenate([base[:n_columns] + d, base[n_columns:]]) for d in ([0.0] if np.any(base[:n_columns]) else np.arange(-60, 61, 10.0))),
+        key=lambda v: float(objective(jnp.asarray(v))),
+    )
+    vector, value, damping, converged = best, float(objective(jnp.asarray(best))), 1e-3, False
+    iteration = 0
+    for iteration in progress(range(max_iterations), desc="joint fit", unit="step"):
+        parameters = from_vector(jnp.asarray(vector), problem)
+        fisher, score = fisher_and_score(parameters, problem)
+        score = score + np.asarray(gradient_prior(jnp.asarray(vector)))
+        hessian = fisher + precision
+        while True:
+            step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), score)
+            limit = np.array([{"depth": 15.0, "log_background": 2.0}.get(n, 0.3) for n, _ in _index(problem)])
+            step *= min(1.0, float(np.min(limit / np.maximum(abs(step), 1e-12))))
+            trial = float(objective(jnp.asarray(vector + step)))
+            if trial >= value - 1e-6 or damping > 1e6:
+                break
+            damping *= 8
+        vector, value, damping = vector + step, trial, max(damping / 10, 1e-9)
+        relative = abs(step) / np.sqrt(np.diag(np.linalg.inv(hessian)))
+        if relative.max() < 2e-3:
+            converged = True
+            break
+    parameters = from_vector(jnp.asarray(vector), problem)
+    fisher, _ = fisher_and_score(parameters, problem)
+    return Estimate(parameters, np.linalg.inv(fisher + precision), _index(problem), value, iteration + 1, converged)
+
+
+def column_bounds(parameters: dict, problem: Problem) -> np.ndarray:
+    """Cramér-Rao bound on the depth of each column (C,) [Å], with the problem's nuisances free and no prior but the gauge.
+
+    Background enters with its Poisson information; a direction without any (below 1e-12 of the largest) is left out.
+    """
+    fisher, _ = fisher_and_score(parameters, problem)
+    names = _index(problem)
+    gauge = np.zeros_like(fisher)
+    for name in ("shift_x", "shift_y"):
+        chosen = np.array([i for i, (n, _) in enumerate(names) if n == name], int)
+        if len(chosen):
+            gauge[np.ix_(chosen, chosen)] += 1 / (len(chosen) * MEAN_SHIFT_SD) ** 2
+    scale = np.sqrt(np.maximum(np.diag(fisher), 1e-30))
+    bound = np.linalg.pinv((fisher + gauge) / np.outer(scale, scale), rcond=1e-12, hermitian=True) / np.outer(scale, scale)
+    return np.sqrt(np.diag(bound)[: len(problem.n_atoms)])
+
+
+def column_amplitudes(parameters: dict, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Factor on each column's signal that the stack asks for, and its standard deviation (C,); all columns jointly.
+
+    One weighted least-squares step from one, exact for a linear parameter; background per image is free beside it, gain is held.
+    """
+    n_columns = len(problem.n_atoms)
+    normal, right = np.zeros((n_columns, n_columns)), np.zeros(n_columns)
+    for i in range(len(problem.series.defocus)):
+        n, r = _amplitude_sums(parameters, problem, i)
+        normal += np.asarray(n)
+        right += np.asarray(r)
+    covariance = np.linalg.inv(normal)
+    return 1 + covariance @ right, np.sqrt(np.diag(covariance))
+
+
+@jax.jit
+def _amplitude_sums(parameters: dict, problem: Problem, i: jax.Array):
+    field = field_of(parameters, problem.n_atoms)
+    draw = problem.draw
+    weights = problem.library.weights(problem.n_atoms, defocus_minus_depth(field, problem.series)[:, i])
+    along_y, along_x = phases(draw, field.positions + field.image_shifts[i])
+    spectra = jnp.einsum("cr,rab->cab", weights.astype(jnp.float32), draw.basis) * (along_y[:, :, None] * along_x[:, None, :])
+    scale = counts_per_fraction(problem.series)[i, 0, 0]
+    columns = (to_pixels(draw, spectra).reshape(len(weights), -1) * scale * field.gain[i]).astype(float)
+    rate = jnp.maximum(columns.sum(0) + scale * field.background[i], DARKEST)
+    root = jnp.where(problem.mask[i].ravel(), rate**-0.5, 0.0)
+    rows = columns * root
+    constant = scale * root
+    constant = constant / jnp.linalg.norm(constant)
+    residual = (problem.counts[i].ravel() - rate) * root
+    project = lambda a: a - (a @ constant)[..., None] * constant  # the image's background, profiled out
+    rows = project(rows)
+    return rows @ rows.T, rows @ project(residual)
+
+
+def goodness_of_fit(parameters: dict, problem: Problem, radius: float = 1.2) -> np.ndarray:
+    """Poisson deviance near each column in all images, standardised by its own null mean and variance (C,): about N(0, 1).
+
+    Counts are far below one in many pixels, so mean and variance of each pixel's deviance are sums over the Poisson distribution of
+    its rate rather than those of chi-square.
+    """
+    rate = np.maximum(np.asarray(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw), float), DARKEST)
+    counts, used = np.asarray(problem.counts, float), np.asarray(problem.mask)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviance = 2 * (np.where(counts > 0, counts * np.log(counts / rate), 0.0) - counts + rate)
+    grid = np.geomspace(DARKEST, max(rate.max(), 1.0) * 1.01, 200)
+    mean, variance = np.array([_null_deviance(r) for r in grid]).T
+    excess = deviance - np.interp(np.log(rate), np.log(grid), mean)
+    spread = np.interp(np.log(rate), np.log(grid), variance)
+    ny, nx = problem.series.shape
+    px = problem.series.pixel_size
+    yy, xx = np.arange(ny)[:, None] * px, np.arange(nx) * px
+    out = np.empty(len(problem.n_atoms))
+    shift = np.stack([parameters["shift_x"], parameters["shift_y"]], 1)
+    for c in range(len(out)):
+        total, var = 0.0, 0.0
+        for i, (sx, sy) in enumerate(shift):
+            dx, dy = xx - (float(parameters["x"][c]) + sx), yy - (float(parameters["y"][c]) + sy)
+            if problem.series.periodic:
+                dx, dy = (d - np.round(d / (n * px)) * n * px for d, n in ((dx, nx), (dy, ny)))
+            near = (dx**2 + dy**2 < radius**2) & used[i]
+            total += excess[i][near].sum()
+            var += spread[i][near].sum()
+        out[c] = total / np.sqrt(var) if var else np.nan
+    return out
+
+
+def _null_deviance(rate: float) -> tuple[float, float]:
+    """Mean and variance of 2 (N log(N / rate) - N + rate) for N ~ Poisson(rate)."""
+    from scipy.stats import poisson
+
+    n = np.arange(int(rate + 12 * np.sqrt(rate) + 20))
+    p = poisson.pmf(n, rate)
+    d = 2 * (np.where(n > 0, n * np.log(np.maximum(n, 1) / rate), 0.0) - n + rate)
+    mean = (p * d).sum()
+    return mean, (p * (d - mean) ** 2).sum()
