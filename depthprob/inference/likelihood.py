@@ -133,7 +133,7 @@ def log_likelihood(parameters: dict, problem: Problem) -> jax.Array:
     return jnp.sum(terms, dtype=float)
 
 
-PRIOR_SD = {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 0.5, "shift_y": 0.5, "focus_offset": 20.0, "focus_step": 0.05}
+PRIOR_SD = {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05}
 MEAN_SHIFT_SD = 1e-3  # Å; fixes the gauge
 
 

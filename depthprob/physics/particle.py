@@ -1,17 +1,22 @@
 """Full frozen-phonon multislice of a whole particle: the data that a reconstruction may be judged by.
 
 All plane waves of the aperture are carried through the particle once per thermal configuration; their Gram matrix then gives every
-focus. NumPy and SciPy rather than JAX: no derivative is wanted, and the loop over waves is bound by the FFTs.
+focus. SciPy rather than JAX: no derivative is wanted, and its FFTs, taken wave by wave so that they stay in the cache, are as fast
+on one core while the Hermitian product costs half. `multislice.exit_waves` is the same in JAX.
 """
 
+import hashlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import scipy.fft
+from scipy.linalg.blas import cherk
 from scipy.stats import norm, qmc
 
+from ..errors import InputError
 from .detector import AnnularDetector
 from .electron import wavelength
 from .multislice import transmission
@@ -20,14 +25,18 @@ from .specimen import rms_from_debye_waller_b
 
 
 def thermal_displacements(atoms: np.ndarray, debye_waller_b: float, configurations: int, seed: int) -> np.ndarray:
-    """Lateral displacements (configuration, atom, 2) [Å]: every column draws its own scrambled Sobol sequence over its atoms."""
+    """Lateral displacements (configuration, atom, 2) [Å]: every column draws its own scrambled Sobol sequence over its atoms.
+
+    The first configurations are the same whatever their number, so a sample can be extended.
+    """
     rng = np.random.default_rng(seed)
     columns = np.unique(np.round(atoms[:, :2], 2), axis=0, return_inverse=True)[1].ravel()
     draws = np.empty((configurations, len(atoms), 2))
     for column in range(columns.max() + 1):
         members = np.flatnonzero(columns == column)
         sobol = qmc.Sobol(2 * len(members), scramble=True, rng=rng)
-        uniform = sobol.random(configurations).reshape(configurations, len(members), 2)
+        uniform = sobol.random_base2(max(configurations - 1, 0).bit_length())[:configurations]
+        uniform = uniform.reshape(configurations, len(members), 2)
         draws[:, members] = norm.ppf(np.clip(uniform, 1e-12, 1 - 1e-12))
     return float(rms_from_debye_waller_b(debye_waller_b)) * draws
 
@@ -40,9 +49,10 @@ def particle_gram(
     detector: AnnularDetector,
     sampling: float,
     parametrization: str = "lobato",
-    chunk: int = 8,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gram matrix of one configuration over the plane waves of the aperture, referred to the plane z = 0.
+
+    Memory is K x (detector pixels) x 8 bytes: 1.4 GB for the paper's settings in a cell of 20 Å, growing as its fourth power.
 
     Parameters
     ----------
@@ -50,6 +60,8 @@ def particle_gram(
         Displaced atoms [Å]; atoms of equal z share a plane of the multislice.
     cell : (Lx, Ly)
         Periodic cell [Å].
+    sampling : float
+        Coarsest pixel of the working grid [Å]; taken finer where the FFT is faster.
 
     Returns
     -------
@@ -57,43 +69,62 @@ def particle_gram(
         sum_g D(g) conj(psi_k) psi_k', for incident waves of one electron each.
     waves : (K, 2) int
         Their frequencies (x, y) in units of 1 / cell.
+
+    Raises
+    ------
+    InputError
+        If the sampling cannot carry the detector's outer angle.
     """
     lam = float(wavelength(microscope.energy))
-    nx, ny = (scipy.fft.next_fast_len(int(np.ceil(side / sampling))) for side in cell)
+    nx, ny = (scipy.fft.next_fast_len(math.ceil(side / sampling)) for side in cell)
     band_limit = min(nx / cell[0], ny / cell[1]) / 3
-    jx, jy = np.fft.fftfreq(nx, 1 / nx).round().astype(int), np.fft.fftfreq(ny, 1 / ny).round().astype(int)
+    inner, outer = float(detector.inner) * 1e-3 / lam, float(detector.outer) * 1e-3 / lam
+    if band_limit < outer:
+        raise InputError(
+            f"A sampling of {sampling:g} Å carries angles up to {band_limit * lam * 1e3:.0f} mrad (two thirds of Nyquist), but the "
+            f"detector reaches {float(detector.outer):g} mrad. Give a sampling of {1 / (3 * outer):.4f} Å or finer, or a smaller outer angle."
+        )
+    jx, jy = (np.fft.fftfreq(n, 1 / n).round().astype(int) for n in (nx, ny))
     q2 = (jx / cell[0]) ** 2 + ((jy / cell[1]) ** 2)[:, None]
     q, mask = np.sqrt(q2), q2 < band_limit**2
-    rim = 1 / np.sqrt(cell[0] * cell[1])
-    aperture = float(microscope.convergence_angle) * 1e-3 / lam
-    inner, outer = float(detector.inner) * 1e-3 / lam, float(detector.outer) * 1e-3 / lam
+    rim = 1 / math.sqrt(cell[0] * cell[1])
     sensitivity = np.clip((q - inner) / rim + 0.5, 0, 1) * np.clip((outer - q) / rim + 0.5, 0, 1) * mask
     detected = np.flatnonzero(sensitivity)
     weight = np.sqrt(sensitivity.ravel()[detected]).astype(np.float32)
-    iy, ix = np.nonzero(q < aperture + rim / 2)
+    iy, ix = np.nonzero(q < float(microscope.convergence_angle) * 1e-3 / lam + rim / 2)
     waves = np.stack([jx[ix], jy[iy]], 1)
 
-    planes = np.unique(np.round(atoms[:, 2], 3))
+    height = np.round(atoms[:, 2], 3)
+    planes = np.unique(height)
     slices = [
-        np.asarray(transmission(atoms[np.round(atoms[:, 2], 3) == z, :2], element, cell, (ny, nx), microscope.energy, band_limit, parametrization))
+        np.asarray(transmission(atoms[height == z, :2], element, cell, (ny, nx), microscope.energy, band_limit, parametrization))
         for z in planes
     ]
-    fly = lambda dz: (mask * np.exp(-1j * np.pi * lam * q2 * dz)).astype(np.complex64)
-    propagators = {round(dz, 3): fly(dz) for dz in np.diff(planes)}
+    steps = np.diff(planes).round(3)
+    propagators = {dz: (mask * np.exp(-1j * np.pi * lam * q2 * dz)).astype(np.complex64) for dz in np.unique(steps)}
+    entrance = np.exp(-1j * np.pi * lam * q2[iy, ix] * planes[0]) / (nx * ny)
     seen = np.empty((len(waves), len(detected)), np.complex64)
-    entrance = np.exp(-1j * np.pi * lam * q2[iy, ix] * planes[0])
-    for start in range(0, len(waves), chunk):
-        k = slice(start, start + chunk)
-        spectrum = np.zeros((len(iy[k]), ny, nx), np.complex64)
-        spectrum[np.arange(len(iy[k])), iy[k], ix[k]] = entrance[k]
-        for i, transmitted in enumerate(slices):
+    for k, (x, y) in enumerate(waves):
+        wave = np.outer(
+            (entrance[k] * np.exp(2j * np.pi * y * np.arange(ny) / ny)).astype(np.complex64),
+            np.exp(2j * np.pi * x * np.arange(nx) / nx).astype(np.complex64),
+        )
+        spectrum = scipy.fft.fft2(np.multiply(wave, slices[0], out=wave), overwrite_x=True)
+        for dz, transmitted in zip(steps, slices[1:]):
+            spectrum *= propagators[dz]
             wave = scipy.fft.ifft2(spectrum, overwrite_x=True)
             wave *= transmitted
             spectrum = scipy.fft.fft2(wave, overwrite_x=True)
-            if i + 1 < len(slices):
-                spectrum *= propagators[round(planes[i + 1] - planes[i], 3)]
-        seen[k] = spectrum.reshape(len(spectrum), -1)[:, detected] * weight
-    return (seen.conj() @ seen.T).astype(np.complex128), waves
+        np.multiply(spectrum.ravel()[detected], weight, out=seen[k])
+    return hermitian_product(seen), waves
+
+
+def hermitian_product(seen: np.ndarray, chunk: int = 16384) -> np.ndarray:
+    """sum_g conj(seen_kg) seen_k'g (K, K) complex128 of complex64 waves (K, g): single precision within a chunk of pixels, double across."""
+    upper = np.zeros((len(seen),) * 2, np.complex128)
+    for start in range(0, seen.shape[1], chunk):
+        upper += cherk(1.0, seen[:, start : start + chunk].T, trans=2)
+    return np.triu(upper) + np.triu(upper, 1).conj().T
 
 
 def images_from_gram(
@@ -101,9 +132,16 @@ def images_from_gram(
 ) -> np.ndarray:
     """Focal series (F, y, x), fraction of the beam, of the cell sampled at shape pixels from the corner (float64).
 
-    Every pair (k, k') adds conj(a_k) G a_k' to the Fourier coefficient at q = k' - k of the image over probe positions,
-    with a_k = exp(-i chi(k)) and exp(-2 pi i k.R) for the probe at R. Source size multiplies by exp(-2 pi^2 s^2 q^2),
-    focal spread averages over defocus (Gauss-Hermite).
+    The probe at R holds a_k exp(-2 pi i k.R) with a_k = exp(-i chi(k)), so every pair (k, k') adds conj(a_k) G a_k' to the Fourier
+    coefficient at q = k - k' of the image. Source size multiplies by exp(-2 pi^2 s^2 q^2), focal spread by
+    exp(-(pi wavelength s_f)^2 (k^2 - k'^2)^2 / 2).
+
+    Parameters
+    ----------
+    gram, waves
+        As `particle_gram` gives them.
+    defocus : (F,)
+        [Å], positive is underfocus.
     """
     lam = float(wavelength(microscope.energy))
     kx, ky = waves[:, 0] / cell[0], waves[:, 1] / cell[1]
@@ -113,24 +151,23 @@ def images_from_gram(
     chi = np.asarray(aberration_phase(microscope, kx, ky, 0.0))
     widest = 2 * abs(waves).max() + 1
     side = 2 * widest + 1
-    dx = waves[None, :, 0] - waves[:, None, 0]
-    dy = waves[None, :, 1] - waves[:, None, 1]
-    index = (((-dy) % side) * side + (-dx) % side).ravel()
+    dx, dy = (waves[:, None] - waves[None]).transpose(2, 0, 1)
+    index = ((dy % side) * side + dx % side).ravel()
     frequency = np.fft.fftfreq(side, 1 / side)
     qx, qy = np.meshgrid(frequency / cell[0], frequency / cell[1])
     s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
     source = np.exp(-2 * (np.pi * s) ** 2 * (qx**2 + qy**2))
     x, y = np.arange(shape[1]) / shape[1], np.arange(shape[0]) / shape[0]
     to_x, to_y = np.exp(2j * np.pi * np.outer(frequency, x)), np.exp(2j * np.pi * np.outer(y, frequency))
-    spread = float(microscope.focal_spread)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
-    series = np.zeros((len(defocus), *shape))
+    k2 = kx**2 + ky**2
+    spread = np.pi * lam * float(microscope.focal_spread)
+    gram = gram * np.exp(-((spread * (k2[:, None] - k2)) ** 2) / 2)
+    series = np.empty((len(defocus), *shape))
     for i, f in enumerate(defocus):
-        for node, w in zip(nodes, weights / weights.sum()):
-            a = amplitude * np.exp(-1j * (chi - np.pi * lam * (f + spread * node) * (kx**2 + ky**2)))
-            pairs = (a.conj()[:, None] * gram * a[None]).ravel()
-            spectrum = np.bincount(index, pairs.real, side**2) + 1j * np.bincount(index, pairs.imag, side**2)
-            series[i] += w * (to_y @ (spectrum.reshape(side, side) * source) @ to_x).real
+        a = amplitude * np.exp(-1j * (chi - np.pi * lam * f * k2))
+        pairs = (a.conj()[:, None] * gram * a[None]).ravel()
+        spectrum = np.bincount(index, pairs.real, side**2) + 1j * np.bincount(index, pairs.imag, side**2)
+        series[i] = (to_y @ (spectrum.reshape(side, side) * source) @ to_x).real
     return series
 
 
@@ -151,16 +188,27 @@ def simulate_particle(
     """Gram matrices (2, K, K) of two independent halves of the thermal configurations, and their waves (K, 2).
 
     The difference of the halves measures the data's own Monte-Carlo error. With `checkpoint` the sums are kept after every
-    configuration and a rerun goes on from them.
+    configuration, a rerun goes on from them, and a larger number of configurations extends them.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint was made with other settings.
     """
-    halves = [thermal_displacements(atoms, debye_waller_b, (configurations + 1 - h) // 2, 2 * seed + h) for h in (0, 1)]
+    settings = repr((element, debye_waller_b, cell, seed, sampling, parametrization, microscope.energy, microscope.convergence_angle))
+    settings += repr((detector.inner, detector.outer)) + hashlib.sha256(np.ascontiguousarray(atoms, float)).hexdigest()
     total, done, waves = None, 0, None
     if checkpoint and Path(checkpoint).exists():
         with np.load(checkpoint, allow_pickle=False) as saved:
             total, done, waves = saved["total"].copy(), int(saved["done"]), saved["waves"]
-    for i in progress(range(configurations), desc="whole particle", unit="configuration"):
-        if i < done:
-            continue
+            if "settings" in saved and str(saved["settings"]) != settings:
+                raise InputError(
+                    f"The checkpoint {checkpoint} was made with other settings ({saved['settings']}) than those asked for ({settings}). "
+                    "Delete it to start afresh, or give another checkpoint."
+                )
+    configurations = max(configurations, done)
+    halves = [thermal_displacements(atoms, debye_waller_b, (configurations + 1 - h) // 2, 2 * seed + h) for h in (0, 1)]
+    for i in progress(range(done, configurations), desc="whole particle", unit="configuration", initial=done, total=configurations):
         moved = atoms.copy()
         moved[:, :2] += halves[i % 2][i // 2]
         gram, waves = particle_gram(moved, element, cell, microscope, detector, sampling, parametrization)
@@ -168,7 +216,7 @@ def simulate_particle(
         total[i % 2] += gram
         if checkpoint:
             temporary = Path(f"{checkpoint}.{os.getpid()}.tmp.npz")
-            np.savez(temporary, total=total, done=i + 1, waves=waves)
+            np.savez(temporary, total=total, done=i + 1, waves=waves, settings=settings)
             os.replace(temporary, checkpoint)
     counts = np.array([(configurations + 1) // 2, configurations // 2])
     return total / np.maximum(counts, 1)[:, None, None], waves

@@ -24,8 +24,10 @@ def parameters(element: str, parametrization: str = "lobato") -> np.ndarray:
     Raises
     ------
     InputError
-        For an element outside the table.
+        For a table that is not packaged, or an element outside it.
     """
+    if parametrization not in ("lobato", "kirkland"):
+        raise InputError(f"parametrization is {parametrization!r}; give 'lobato' or 'kirkland'.")
     table = _table(parametrization)
     if element not in table:
         raise InputError(f"element is {element!r}; the {parametrization} table holds {', '.join(table)}.")
@@ -44,5 +46,5 @@ def scattering_factor(
     if parametrization == "lobato":
         a, b = parameters(element, "lobato")
         return (a * (2 + b * q2) / (1 + b * q2) ** 2).sum(-1)
-    a, b, c, d = parameters(element, "kirkland")
+    a, b, c, d = parameters(element, parametrization)
     return (a / (q2 + b) + c * jnp.exp(-d * q2)).sum(-1)

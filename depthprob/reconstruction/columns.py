@@ -1,0 +1,145 @@
+"""Columns on the average of the central images: found, and fitted with 2D Gaussians as in StatSTEM."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.ndimage import gaussian_filter, maximum_filter
+from scipy.sparse import coo_matrix, diags
+from scipy.sparse.linalg import spsolve
+
+
+class ColumnFit(NamedTuple):
+    """Jointly fitted Gaussians.
+
+    Attributes
+    ----------
+    positions : (C, 2)
+        x, y [Å].
+    amplitude : (C,)
+        Height, fraction of the beam.
+    width : float
+        Common standard deviation [Å].
+    volume, volume_sd : (C,)
+        Scattering cross-section 2 pi amplitude width^2 and its standard deviation from the residuals [Å^2].
+    background : float
+    model_image : (ny, nx)
+    """
+
+    positions: np.ndarray
+    amplitude: np.ndarray
+    width: float
+    volume: np.ndarray
+    volume_sd: np.ndarray
+    background: float
+    model_image: np.ndarray
+
+
+def central_average(stack: np.ndarray, defocus: np.ndarray, n_images: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the n consecutive aligned images of highest contrast, and their indices.
+
+    For a series centred on the particle these are the central images, as in the paper.
+    """
+    n = min(n_images, len(stack))
+    contrast = stack.var((1, 2))
+    window = np.convolve(contrast, np.ones(n), "valid")
+    chosen = np.argmax(window) + np.arange(n)
+    return stack[chosen].mean(0), chosen
+
+
+def find_columns(image: np.ndarray, pixel_size: float, periodic: bool = False, significance: float = 0.15) -> np.ndarray:
+    """Positions (C, 2) [Å] of columns: maxima of the softened image, standing clear of what surrounds them.
+
+    The image is softened by 0.35 Å, under the width of any column that an aperture resolves; a maximum counts when it is the
+    highest within 0.7 Å and rises above the lowest point within 1.6 Å by `significance` of the typical maximum.
+    Columns closer than 0.5 Å to an edge that does not wrap are left out.
+    """
+    mode = "wrap" if periodic else "nearest"
+    soft = gaussian_filter(np.asarray(image, float), 0.35 / pixel_size, mode=mode)
+    disc = lambda radius: np.hypot(*np.mgrid[[slice(-int(radius / pixel_size), int(radius / pixel_size) + 1)] * 2]) <= radius / pixel_size
+    peaks = soft == maximum_filter(soft, footprint=disc(max(0.7, 1.5 * pixel_size)), mode=mode)
+    lowest = -maximum_filter(-soft, footprint=disc(max(1.6, 2 * pixel_size)), mode=mode)
+    floor = np.quantile(soft, 0.02)
+    tall = np.median(np.sort(soft[peaks])[-max(3, int(peaks.sum() * 0.2)) :])
+    rise = soft - lowest
+    peaks &= (rise > significance * (tall - floor) * 0.4) & (soft - floor > significance * (tall - floor))
+    iy, ix = np.nonzero(peaks)
+    ny, nx = image.shape
+    if not periodic:
+        edge = 0.5 / pixel_size
+        inside = (ix >= edge) & (ix <= nx - 1 - edge) & (iy >= edge) & (iy <= ny - 1 - edge)
+        iy, ix = iy[inside], ix[inside]
+    # parabola through the neighbours along each axis
+    take = lambda dy, dx: soft[(iy + dy) % ny, (ix + dx) % nx]
+    refine = lambda low, high: np.clip((low - high) / (2 * (low - 2 * take(0, 0) + high) - 1e-12), -0.5, 0.5)
+    x, y = ix + refine(take(0, -1), take(0, 1)), iy + refine(take(-1, 0), take(1, 0))
+    return np.stack([x, y], 1) * pixel_size
+
+
+def fit_columns(
+    image: np.ndarray, positions: np.ndarray, pixel_size: float, periodic: bool = False, width: float = 0.5, iterations: int = 25
+) -> ColumnFit:
+    """Joint least-squares fit of overlapping Gaussians of common width, with a constant background.
+
+    Gauss-Newton with sparse normal equations; each Gaussian reaches four widths, so the cost is linear in columns.
+    """
+    ny, nx = image.shape
+    data = np.asarray(image, float).ravel()
+    n = len(positions)
+    xy = np.array(positions, float)
+    background = float(np.quantile(data, 0.05))
+    height = np.maximum(_sample(image, xy, pixel_size) - background, 1e-9)
+    for iteration in range(iterations):
+        rows, cols, dx, dy = _near(xy, 4 * width + pixel_size, pixel_size, image.shape, periodic)
+        r2 = dx**2 + dy**2
+        bell = np.exp(-r2 / (2 * width**2))
+        value = height[cols] * bell
+        model = np.bincount(rows, value, len(data)) + background
+        residual = data - model
+        entries = [bell, value * dx / width**2, value * dy / width**2]
+        jacobian = coo_matrix(
+            (np.concatenate(entries), (np.tile(rows, 3), np.concatenate([cols, cols + n, cols + 2 * n]))), shape=(len(data), 3 * n)
+        ).tocsc()
+        by_width = np.bincount(rows, value * r2 / width**3, len(data))
+        dense = np.stack([by_width, np.ones(len(data))], 1)
+        a, b, c = (jacobian.T @ jacobian).tocsc(), jacobian.T @ dense, dense.T @ dense
+        a = a + diags(1e-6 * a.diagonal() + 1e-15)
+        right, right_dense = jacobian.T @ residual, dense.T @ residual
+        solved = spsolve(a.tocsc(), np.column_stack([right, b]))
+        step_dense = np.linalg.solve(c - b.T @ solved[:, 1:], right_dense - b.T @ solved[:, 0])
+        step = solved[:, 0] - solved[:, 1:] @ step_dense
+        move = np.clip(step[n:].reshape(2, n).T, -0.15, 0.15)
+        height = np.maximum(height + step[:n], 0.05 * height)
+        xy = xy + move
+        width = float(np.clip(width + np.clip(step_dense[0], -0.05, 0.05), 0.5 * pixel_size, 1.2))
+        background += step_dense[1]
+        if abs(move).max() < 1e-4 and abs(step_dense[0]) < 1e-4:
+            break
+    variance = (residual**2).sum() / max(1, len(data) - 3 * n - 2)
+    # sd of a height with its own position and the neighbours free: diagonal of the inverse normal matrix, by its block of heights
+    covariance = np.linalg.inv(a[:n, :n].toarray()) if n < 3000 else np.diag(1 / a.diagonal()[:n])
+    area = 2 * np.pi * width**2
+    return ColumnFit(xy, height, width, area * height, area * np.sqrt(variance * np.diag(covariance)), background, model.reshape(ny, nx))
+
+
+def _near(xy, reach, pixel_size, shape, periodic):
+    """Pixels within reach of each column: flat pixel, column, x - x_c, y - y_c [Å]."""
+    ny, nx = shape
+    m = int(np.ceil(reach / pixel_size))
+    offset = np.arange(-m, m + 1)
+    oy, ox = (o.ravel() for o in np.meshgrid(offset, offset, indexing="ij"))
+    base = np.rint(xy / pixel_size).astype(int)
+    ix, iy = base[:, :1] + ox, base[:, 1:] + oy
+    dx, dy = ix * pixel_size - xy[:, :1], iy * pixel_size - xy[:, 1:]
+    keep = dx**2 + dy**2 <= reach**2
+    if periodic:
+        ix, iy = ix % nx, iy % ny
+    else:
+        keep &= (ix >= 0) & (ix < nx) & (iy >= 0) & (iy < ny)
+    columns = np.broadcast_to(np.arange(len(xy))[:, None], keep.shape)
+    return (iy * nx + ix)[keep], columns[keep], dx[keep], dy[keep]
+
+
+def _sample(image, xy, pixel_size):
+    ny, nx = image.shape
+    i = np.rint(xy / pixel_size).astype(int)
+    return image[i[:, 1] % ny, i[:, 0] % nx]

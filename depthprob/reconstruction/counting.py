@@ -1,0 +1,109 @@
+"""Atoms per column from scattering cross-sections: against a simulated library, and by a Gaussian mixture with ICL."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import logsumexp
+
+
+class Counts(NamedTuple):
+    """Atom numbers by a library.
+
+    Attributes
+    ----------
+    n : (C,) int
+    probability : (C, n_max)
+        Of every atom number 1 ... n_max.
+    scale : float
+        Factor from library to measured cross-sections.
+    """
+
+    n: np.ndarray
+    probability: np.ndarray
+    scale: float
+
+
+class Mixture(NamedTuple):
+    """Atom numbers by a Gaussian mixture of equal widths.
+
+    Attributes
+    ----------
+    n : (C,) int
+        Rank of each column's component, from 1.
+    components : int
+        Number of components with the smallest ICL.
+    icl : (K,)
+        Integrated classification likelihood criterion of 1 ... K components.
+    means : (components,)
+    width : float
+    """
+
+    n: np.ndarray
+    components: int
+    icl: np.ndarray
+    means: np.ndarray
+    width: float
+
+
+def count_by_library(cross_section: np.ndarray, sd: np.ndarray, library: np.ndarray, scale_sd: float = 0.0) -> Counts:
+    """Atom numbers of the library cross-sections (n_max,) nearest to the measured ones (C,), with probabilities.
+
+    A common factor near one may be fitted (`scale_sd` > 0: its prior sd); the sd of the comparison is the measured sd, and at least
+    the scatter that the columns show about their nearest library values.
+    """
+    scale = 1.0
+    if scale_sd:
+        trial = np.exp(np.linspace(-3, 3, 241) * scale_sd)
+        miss = np.array([np.min(((cross_section[:, None] - s * library) / np.hypot(sd, 0.02 * cross_section)[:, None]) ** 2, 1).sum() for s in trial])
+        scale = trial[np.argmin(miss + (np.log(trial) / scale_sd) ** 2)]
+    distance = cross_section[:, None] - scale * library
+    nearest = np.min(abs(distance), 1)
+    scatter = 1.4826 * np.median(nearest / cross_section)
+    total = np.hypot(sd, min(scatter, 0.05) * cross_section)
+    log_p = -0.5 * (distance / total[:, None]) ** 2
+    return Counts(np.argmin(abs(distance), 1) + 1, np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True)), float(scale))
+
+
+def gaussian_mixture_counts(cross_section: np.ndarray, max_components: int = 15, starts: int = 4, iterations: int = 200) -> Mixture:
+    """Gaussian mixture with a shared width for 1 ... max_components components, the number chosen by ICL.
+
+    ICL = -2 log L + (2 K) log C + 2 * classification entropy (Biernacki et al., IEEE PAMI 22, 719 (2000)); Van Aert et al.,
+    Phys. Rev. B 87, 064107 (2013) for its use in counting. Several starts from quantiles and even spacing.
+    """
+    x = np.sort(np.asarray(cross_section, float))
+    order = np.argsort(np.argsort(cross_section))
+    best, icl = None, []
+    rng = np.random.default_rng(0)
+    for k in range(1, max(1, min(max_components, len(x))) + 1):
+        fits = []
+        for start in range(starts):
+            means = np.quantile(x, (np.arange(k) + 0.5) / k) if start == 0 else np.linspace(x[0], x[-1], k + 2)[1:-1] if start == 1 else np.sort(rng.choice(x, k, replace=False))
+            fits.append(_expectation_maximisation(x, means, iterations))
+        loglik, means, weights, width, responsibility = max(fits, key=lambda f: f[0])
+        entropy = -(responsibility * np.log(np.maximum(responsibility, 1e-300))).sum()
+        icl.append(-2 * loglik + 2 * k * np.log(len(x)) + 2 * entropy)
+        if best is None or icl[-1] < best[0]:
+            best = (icl[-1], k, means, width, responsibility.argmax(1) + 1)
+    _, components, means, width, n = best
+    return Mixture(n[order], components, np.array(icl), means, float(width))
+
+
+def _expectation_maximisation(x, means, iterations):
+    k = len(means)
+    width = max((x[-1] - x[0]) / (4 * k), 1e-3 * abs(x).max())
+    floor = 2e-3 * abs(x).max()  # two equal values would otherwise pull the width to zero
+    weights = np.full(k, 1 / k)
+    previous = -np.inf
+    for _ in range(iterations):
+        log_p = np.log(weights) - 0.5 * ((x[:, None] - means) / width) ** 2 - np.log(width * np.sqrt(2 * np.pi))
+        total = logsumexp(log_p, axis=1)
+        responsibility = np.exp(log_p - total[:, None])
+        loglik = total.sum()
+        if loglik - previous < 1e-7 * abs(loglik):
+            break
+        previous = loglik
+        share = responsibility.sum(0) + 1e-12
+        means, weights = responsibility.T @ x / share, share / share.sum()
+        width = max(np.sqrt((responsibility * (x[:, None] - means) ** 2).sum() / len(x)), floor)
+    order = np.argsort(means)
+    return loglik, means[order], weights[order], width, responsibility[:, order]
