@@ -176,7 +176,7 @@ def to_arviz(posterior: Posterior, problem: Problem):
         {"defocus": (("image",), np.asarray(problem.series.defocus, float), {"units": "angstrom"}), "n_atoms": (("column",), np.asarray(problem.n_atoms))},
         {k: coords[k] for k in ("image", "column")},
     )
-    if hasattr(az, "InferenceData"):
+    if int(az.__version__.split(".")[0]) < 1:
         return az.InferenceData(**groups)
     return xr.DataTree.from_dict({f"/{k}": v for k, v in groups.items()})
 

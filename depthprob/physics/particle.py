@@ -27,16 +27,20 @@ from .specimen import rms_from_debye_waller_b
 def thermal_displacements(atoms: np.ndarray, debye_waller_b: float, configurations: int, seed: int) -> np.ndarray:
     """Lateral displacements (configuration, atom, 2) [Å]: every column draws its own scrambled Sobol sequence over its atoms.
 
-    The first configurations are the same whatever their number, so a sample can be extended.
+    Scrambling alone leaves the sequences of different columns correlated (up to 0.9: their leading digits differ by a constant), so
+    each takes its points in an order of its own, shuffled within 2^m ... 2^(m+1): any first 2^m points keep their balance, and the
+    first configurations are the same whatever their number.
     """
+    doublings = max(configurations - 1, 0).bit_length()
     rng = np.random.default_rng(seed)
     columns = np.unique(np.round(atoms[:, :2], 2), axis=0, return_inverse=True)[1].ravel()
     draws = np.empty((configurations, len(atoms), 2))
     for column in range(columns.max() + 1):
         members = np.flatnonzero(columns == column)
         sobol = qmc.Sobol(2 * len(members), scramble=True, rng=rng)
-        uniform = sobol.random_base2(max(configurations - 1, 0).bit_length())[:configurations]
-        uniform = uniform.reshape(configurations, len(members), 2)
+        shuffle = np.random.default_rng(rng.integers(2**63))
+        order = np.concatenate([[0], *(2**m + shuffle.permutation(2**m) for m in range(doublings))])[:configurations]
+        uniform = sobol.random_base2(doublings)[order].reshape(configurations, len(members), 2)
         draws[:, members] = norm.ppf(np.clip(uniform, 1e-12, 1 - 1e-12))
     return float(rms_from_debye_waller_b(debye_waller_b)) * draws
 
@@ -195,15 +199,17 @@ def simulate_particle(
     InputError
         If the checkpoint was made with other settings.
     """
-    settings = repr((element, debye_waller_b, cell, seed, sampling, parametrization, microscope.energy, microscope.convergence_angle))
-    settings += repr((detector.inner, detector.outer)) + hashlib.sha256(np.ascontiguousarray(atoms, float)).hexdigest()
+    numbers = (debye_waller_b, *cell, sampling, microscope.energy, microscope.convergence_angle, detector.inner, detector.outer)
+    digest = hashlib.sha256(np.ascontiguousarray(atoms, float)).hexdigest()[:16]
+    settings = f"{element}, {parametrization}, seed {seed}, atoms {digest}, " + ", ".join(f"{float(n):.10g}" for n in numbers)
     total, done, waves = None, 0, None
     if checkpoint and Path(checkpoint).exists():
         with np.load(checkpoint, allow_pickle=False) as saved:
             total, done, waves = saved["total"].copy(), int(saved["done"]), saved["waves"]
-            if "settings" in saved and str(saved["settings"]) != settings:
+            theirs = str(saved.get("settings", "unknown"))
+            if theirs != settings:
                 raise InputError(
-                    f"The checkpoint {checkpoint} was made with other settings ({saved['settings']}) than those asked for ({settings}). "
+                    f"The checkpoint {checkpoint} was made with other settings ({theirs}) than those asked for ({settings}). "
                     "Delete it to start afresh, or give another checkpoint."
                 )
     configurations = max(configurations, done)

@@ -4,24 +4,27 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ..config import Config
+from ..config import Config, read_config
 from ..errors import InputError
-from ..inference.gaussian_peak import fit_gaussian_peaks
-from ..inference.likelihood import column_amplitudes
-from ..inference.posterior import infer
+from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
+from ..inference.likelihood import column_amplitudes, column_bounds, field_of, goodness_of_fit, make_problem, maximum
+from ..inference.posterior import infer, to_arviz, write_netcdf
 from ..io import Stack, read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
 from ..physics.detector import AnnularDetector
 from ..physics.focal_series import Field, FocalSeries, expected_counts
-from ..physics.library import ColumnLibrary, build_gram, library_from_gram
+from ..physics.electron import wavelength
+from ..physics.gram import ColumnGram
+from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load_gram, save_gram
 from ..physics.optics import Microscope
 from ..physics.specimen import Column
 from .columns import central_average, find_columns, fit_columns
@@ -230,8 +233,39 @@ def atoms_needed(config: Config, volumes: np.ndarray, progress) -> int:
     )
 
 
-def disc_weights(positions, shifts, shape, pixel_size, radius, periodic):
-    """Unit discs around columns, in every image: list over images of (column, pixel) sparse rows."""
+def edge_mask(series: FocalSeries, positions: np.ndarray, focus: float, angle: float, near: float = 3.0) -> np.ndarray:
+    """Pixels the likelihood may use (F, ny, nx): all but those that columns outside the field can reach.
+
+    Where columns come within `near` Å of an edge the particle is taken to go on beyond it; there each image loses a border as wide
+    as the probe at its defocus from `focus` [Å] and 1.2 Å.
+    """
+    n_foci, (ny, nx), px = len(series.defocus), series.shape, series.pixel_size
+    used = np.ones((n_foci, ny, nx), bool)
+    if series.periodic:
+        return used
+    x, y = np.arange(nx) * px, (np.arange(ny) * px)[:, None]
+    reach = 1e-3 * angle * abs(np.asarray(series.defocus) - focus) + 1.2
+    width, height = (nx - 1) * px, (ny - 1) * px
+    distances = {
+        "left": (positions[:, 0], x),
+        "right": (width - positions[:, 0], width - x),
+        "top": (positions[:, 1], y),
+        "bottom": (height - positions[:, 1], height - y),
+    }
+    for of_columns, of_pixels in distances.values():
+        if np.min(of_columns) < near:
+            used &= of_pixels[None] >= reach[:, None, None]
+    return used
+
+
+def library_cross_sections(library: ColumnLibrary, defocus: np.ndarray, pixel_size: float) -> np.ndarray:
+    """What `fit_columns` measures on the noise-free average of an isolated column of each atom number (n_max,) [Å^2]."""
+    half = int(np.ceil(3.0 / pixel_size))
+    along = np.arange(-half, half + 1) * pixel_size
+    centre = np.array([[half, half]]) * pixel_size
+    return np.array([
+        fit_columns(library.series(n, defocus, along, along).mean(0), centre, pixel_size).volume[0] for n in range(1, library.n_max + 1)
+    ])
 
 
 def reconstruct(
@@ -240,7 +274,7 @@ def reconstruct(
     library: ColumnLibrary | None = None,
     method: str | None = None,
     quiet: bool = False,
-    progress=None,
+    truth=None,
 ) -> Reconstruction:
     """Take a focal series to column depths, atom numbers and atoms.
 
@@ -258,62 +292,234 @@ def reconstruct(
     """
     method = method or config.inference.method
     stages = Stages(quiet)
-    progress = progress or (lambda items, **k: tqdm(items, disable=quiet, **k))
-    series_config = config.focal_series
-    periodic, pixel = series_config.periodic, stack.pixel_size_A
-    dose = np.broadcast_to(np.asarray(series_config.dose, float), stack.defocus_A.shape)
+    progress = lambda items, **k: tqdm(items, disable=quiet, **k)
+    periodic, pixel = config.focal_series.periodic, float(stack.pixel_size_A)
+    defocus = np.asarray(stack.defocus_A, float)
+    dose = np.broadcast_to(np.asarray(config.focal_series.dose, float), defocus.shape)
     fraction = stack.data / (dose * pixel**2)[:, None, None]
     warnings: list[str] = []
+    geometry = column_geometry(config)
 
     stages("drift")
-    drift = estimate_drift(fraction, pixel, stack.defocus_A, periodic)
+    drift = estimate_drift(fraction, pixel, defocus, periodic)
 
     stages("columns")
-    aligned = shift_images(fraction, -drift, periodic)
-    average, chosen = central_average(aligned, stack.defocus_A)
-    found = find_columns(average, pixel)
+    average, chosen = central_average(shift_images(fraction, -drift, periodic), defocus)
+    found = find_columns(average, pixel, periodic)
     if len(found) < 1:
-        raise InputError("no columns were found on the average of the central images. Check signal, dose and defocus of the series.")
+        raise InputError("no columns were found on the average of the sharpest images. Check signal, dose and foci of the series.")
     columns = fit_columns(average, found, pixel, periodic)
 
     stages("library")
     if library is None:
         library = library_for(config, atoms_needed(config, columns.volume, progress), progress)
+    if not np.isclose(library.spacing, geometry.spacing, rtol=1e-3) or library.element != config.specimen.element:
+        raise InputError(
+            f"the library holds {library.element} atoms {library.spacing:g} Å apart, but the config's columns are {config.specimen.element} "
+            f"{geometry.spacing:g} Å apart. Give the library of this crystal, or none to have it built."
+        )
+    needed = (float(defocus.min() - 20), float(defocus.max() + 20))
+    if library.z_range[0] > needed[0] or library.z_range[1] < needed[1]:
+        raise InputError(
+            f"the library covers defocus - depth from {library.z_range[0]:g} to {library.z_range[1]:g} Å, but the foci need {needed[0]:g} to "
+            f"{needed[1]:g} Å. Build it for these foci."
+        )
+
     stages("counts")
-    reference = library_cross_sections(library, stack.defocus_A[chosen], pixel)
-    counted = count_by_library(columns.volume, columns.volume_sd, reference)
-    mixture = gaussian_mixture_counts(columns.volume, max_components=min(len(found) // 2 + 1, library.n_max + 3))
+    reference = library_cross_sections(library, defocus[chosen], pixel)
+    counted = count_by_library(columns.volume, columns.volume_sd, reference, scale_sd=0.05)
+    mixture = gaussian_mixture_counts(columns.volume, max_components=min(len(found), library.n_max + 3))
 
     stages("joint fit")
-    series = FocalSeries(stack.defocus_A, pixel, dose, stack.data.shape[1:], periodic)
-    start = Field(
+    series = FocalSeries(defocus, pixel, dose, fraction.shape[1:], periodic)
+    focus = float(defocus[chosen].mean())
+    mask = edge_mask(series, columns.positions, focus, config.microscope.convergence_angle_mrad)
+    field = Field(
         positions=columns.positions,
-        n_atoms=np.asarray(counted.n),
+        n_atoms=counted.n,
         depths=np.zeros(len(found)),
-        background=np.full(len(dose), max(1e-5, float(np.quantile(fraction, 0.02)))),
+        background=np.full(len(dose), max(1e-5, float(np.quantile(average, 0.02)))),
         gain=np.ones(len(dose)),
         image_shifts=drift * pixel,
     )
-    mask = edge_mask(series, columns.positions, library, config)
-    fit = infer(stack.data, start, library, series, method="mle", mask=mask, free=config.inference.free)
-    probability = counted.probability
-    for _ in range(4):
-        amplitude, amplitude_sd = column_amplitudes(stack.data, fit.field, library, series, mask=mask)
-        n_now = np.asarray(fit.field.n_atoms)
-        measured = amplitude * library.cross_section[n_now - 1]
-        sd = np.hypot(amplitude_sd, 0.015) * library.cross_section[n_now - 1]
-        recount = count_by_library(measured, sd, library.cross_section)
-        probability = recount.probability
+    for _ in range(5):
+        problem = make_problem(stack.data, field, library, series, config.inference.free, mask)
+        estimate = maximum(problem, progress)
+        amplitude, amplitude_sd = column_amplitudes(estimate.parameters, problem)
+        n_now = np.asarray(problem.n_atoms)
+        cross = library.cross_section[n_now - 1]
+        recount = count_by_library(amplitude * cross, np.hypot(amplitude_sd, 0.015) * cross, library.cross_section)
+        field = field_of(estimate.parameters, jnp.asarray(recount.n))
         if np.array_equal(recount.n, n_now):
             break
-        fit = infer(stack.data, fit.field._replace_counts(recount.n), library, series, method="mle", mask=mask, free=config.inference.free)
     else:
-        warnings.append("Atom counts had not settled after four rounds of counting and fitting.")
+        warnings.append("Atom counts had not settled after five rounds of counting and fitting.")
+    parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}
+    positions = np.stack([parameters["x"], parameters["y"]], 1)
+    shifts = np.stack([parameters["shift_x"], parameters["shift_y"]], 1)
 
     stages("Gaussian peaks")
-    field = fit.field
-    shifts = np.asarray(field.image_shifts)
-    baseline = fit_gaussian_peaks(fraction, np.asarray(field.positions), np.asarray(field.n_atoms), library, series, shifts)
+    baseline = fit_gaussian_peaks(fraction, positions, n_now, library, series, shifts)
 
     stages(f"posterior ({method})")
-    return None
+    key = jax.random.key(config.inference.seed)
+    result = infer(problem, method, key, config.inference.samples, config.inference.chains, estimate=estimate, progress_bar=not quiet)
+    bound = column_bounds(estimate.parameters, problem)
+    model_sd = np.nan_to_num(library.depth_error[n_now - 1])
+    if result.draws is None:
+        depth, depth_sd = parameters["depth"], np.hypot(estimate.sd("depth"), model_sd)
+        low, high = depth - 1.6449 * depth_sd, depth + 1.6449 * depth_sd
+    else:
+        draws = result.of("depth").reshape(-1, len(n_now))
+        rng = np.random.default_rng(config.inference.seed)
+        draws = draws + model_sd * rng.standard_normal(draws.shape)  # the library's own Monte-Carlo error
+        depth, depth_sd = draws.mean(0), draws.std(0)
+        low, high = np.quantile(draws, [0.05, 0.95], axis=0)
+    if abs(depth - baseline.depth)[np.isfinite(baseline.depth)].max(initial=0) > 15:
+        warnings.append("The two estimators differ by more than 15 Å for some columns; look at their series before trusting either.")
+
+    stages("lattice")
+    position_sd = np.stack([estimate.sd("x"), estimate.sd("y")], 1) if "x" in problem.free else np.zeros_like(positions)
+    snapped = snap(positions, depth, depth_sd, n_now, geometry, position_sd)
+
+    fit_quality = goodness_of_fit(estimate.parameters, problem)
+    poor = np.flatnonzero(fit_quality > 5)
+    if len(poor):
+        warnings.append(f"{len(poor)} of {len(n_now)} columns fit badly (goodness of fit above 5 standard deviations): columns {', '.join(map(str, poor[:12]))}.")
+    if not estimate.converged:
+        warnings.append("The joint fit had not converged.")
+    if abs(amplitude.mean() - 1) > 0.05 or abs(parameters["log_gain"].mean()) > 0.05:
+        warnings.append(f"Intensities are {np.exp(parameters['log_gain'].mean()):.3f} times the library's: check dose, gain and detector angles.")
+    if np.any(depth - defocus.min() < 20) or np.any(defocus.max() - depth < 20):
+        warnings.append("Some columns lie within 20 Å of the end of the focus range: their depths hang on half a peak.")
+    if np.nanmax(model_sd) > 0.1:
+        warnings.append(f"The library's own Monte-Carlo error reaches {np.nanmax(model_sd):.2f} Å of depth here; it is included in the error bars. More thermal configurations would lower it.")
+    expected = np.asarray(expected_counts(field_of(estimate.parameters, problem.n_atoms), library, series, problem.draw)) / (dose * pixel**2)[:, None, None]
+    joint_series = disc_averages(expected, positions, shifts, pixel, disc_radius(positions), periodic)
+    free = problem.free
+    words = ["positions", "background", "gain", "image_shifts", "focus_offset", "focus_step", "source_size"]
+    drift_px = shifts / pixel
+    stages(None)
+    return Reconstruction(
+        stack=stack.data,
+        defocus=defocus,
+        pixel_size=pixel,
+        dose=dose,
+        element=config.specimen.element,
+        spacing=geometry.spacing,
+        drift_px=drift_px - drift_px.mean(0),
+        drift_sd_px=np.hypot(estimate.sd("shift_x"), estimate.sd("shift_y")) / pixel / np.sqrt(2) if "shift_x" in free else np.full(len(defocus), np.nan),
+        average_image=average,
+        gaussian_model_image=columns.model_image,
+        positions=positions,
+        cross_section=columns.volume,
+        cross_section_sd=columns.volume_sd,
+        n_atoms=n_now,
+        n_probability=recount.probability,
+        library_cross_section=reference * counted.scale,
+        mixture_icl=mixture.icl,
+        gaussian_depth=baseline.depth,
+        gaussian_depth_sd=baseline.sd,
+        depth=depth,
+        depth_sd=depth_sd,
+        depth_q05=low,
+        depth_q95=high,
+        crlb=bound,
+        goodness_of_fit=fit_quality,
+        lattice_depth=snapped.depth,
+        lattice_probability=snapped.probability,
+        atoms=snapped.atoms,
+        atom_sd=snapped.atom_sd,
+        site_probability=snapped.site_probability,
+        column_of_atom=snapped.column_of_atom,
+        column_series=baseline.intensity,
+        gaussian_fit_series=baseline.model,
+        joint_fit_series=joint_series,
+        diagnostics=result.diagnostics | {"stages": stages.seconds},
+        warnings=warnings,
+        provenance=_provenance(config, stages.seconds, method, library),
+        gauge=GAUGE_FREE if "focus_offset" in free else GAUGE,
+        fixed=[w for w in words if w not in config.inference.free],
+        data=to_arviz(result, problem),
+        truth=truth,
+    )
+
+
+def _provenance(config: Config, seconds: dict, method: str, library: ColumnLibrary) -> dict:
+    packages = ("depthprob", "jax", "numpyro", "numpy", "scipy", "arviz")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "config": config.as_dict(),
+        "method": method,
+        "versions": versions,
+        "precision": {"waves": "complex64", "rates": "float32", "log-likelihood and Fisher sums": str(jnp.zeros(()).dtype)},
+        "seeds": {"thermal": config.thermal.seed, "inference": config.inference.seed},
+        "library": {"element": library.element, "spacing_A": library.spacing, "n_max": library.n_max, "depth_error_A": library.depth_error.tolist()},
+        "seconds": seconds,
+        "gauge": GAUGE_FREE if "focus_offset" in config.inference.free else GAUGE,
+    }
+
+
+def write(result: Reconstruction, folder: Path) -> None:
+    """The files of a reconstruction: columns.csv, drift.csv, posterior.nc, structure.xyz, report.html, provenance.json."""
+    from ..report import write_report
+
+    folder = Path(folder)
+    write_columns_csv(
+        folder / "columns.csv",
+        {
+            "x_A": result.positions[:, 0],
+            "y_A": result.positions[:, 1],
+            "cross_section_A2": result.cross_section,
+            "cross_section_sd_A2": result.cross_section_sd,
+            "n_atoms": result.n_atoms,
+            "n_atoms_probability": result.n_probability[np.arange(len(result.n_atoms)), result.n_atoms - 1],
+            "gaussian_depth_A": result.gaussian_depth,
+            "gaussian_depth_sd_A": result.gaussian_depth_sd,
+            "depth_A": result.depth,
+            "depth_sd_A": result.depth_sd,
+            "depth_q05_A": result.depth_q05,
+            "depth_q95_A": result.depth_q95,
+            "crlb_A": result.crlb,
+            "goodness_of_fit": result.goodness_of_fit,
+            "lattice_depth_A": result.lattice_depth,
+            "lattice_probability": result.lattice_probability,
+        },
+    )
+    write_drift_csv(folder / "drift.csv", result.defocus, result.drift_px, result.drift_sd_px)
+    write_xyz(folder / "structure.xyz", result.element, result.atoms, result.atom_sd, result.site_probability, result.column_of_atom, result.gauge)
+    write_netcdf(result.data, folder / "posterior.nc")
+    write_json(folder / "provenance.json", result.provenance)
+    write_report(folder / "report.html", result)
+
+
+def run(stack_path, config: Config, folder, library_path=None, method=None, memory_limit=None, quiet=False) -> None:
+    """Read a stack, reconstruct it and write everything into a folder.
+
+    Raises
+    ------
+    InputError
+        For whatever is wrong with the stack, the config, the library, or a memory limit [GB] below what the field needs.
+    """
+    stack = read_stack(stack_path, config)
+    need = 60 * stack.data.size * 4 / 1e9 + 1.0
+    if memory_limit is not None and need > memory_limit:
+        raise InputError(f"--memory-limit is {memory_limit:g} GB; this series of {stack.data.shape} needs about {need:.1f} GB. Raise the limit or crop the series.")
+    library = ColumnLibrary.load(library_path) if library_path is not None else None
+    write(reconstruct(stack, config, library, method, quiet), Path(folder))
+
+
+def demo(folder, quiet: bool = False) -> None:
+    """The packaged gold particle through the whole pipeline, sampled with NUTS and compared with its true atoms."""
+    data = resources.files("depthprob.data")
+    with resources.as_file(data / "demo.toml") as config_path, resources.as_file(data / "demo_stack.npz") as stack_path:
+        config = read_config(config_path)
+        stack = read_stack(stack_path, config)
+        with np.load(stack_path, allow_pickle=False) as saved:
+            truth = SimpleNamespace(columns=saved["columns"], atoms=saved["atoms_A"], drift=saved["drift_A"])
+    write(reconstruct(stack, config, quiet=quiet, truth=truth), Path(folder))
