@@ -30,19 +30,33 @@ def test_vacuum_only_turns_the_phase():
 def test_probe_crosses_over_at_its_defocus():
     qx, qy = np.fft.fftfreq(180, 6.0 / 180), np.fft.fftfreq(210, 7.5 / 210)
     k2 = qx**2 + qy[:, None] ** 2
-    probe = np.where(k2 < (21e-3 / LAM) ** 2, np.exp(1j * np.pi * LAM * k2 * 40.0), 0)  # exp(-i chi) at defocus +40 Å
-    peak = [float(jnp.abs(jnp.fft.ifft2(probe * propagator(CELL, SHAPE, LAM, z, LIMIT))[0, 0])) for z in (-40.0, 0.0, 40.0, 80.0)]
+    probe = np.where(
+        k2 < (21e-3 / LAM) ** 2, np.exp(1j * np.pi * LAM * k2 * 40.0), 0
+    )  # exp(-i chi) at defocus +40 Å
+    peak = [
+        float(jnp.abs(jnp.fft.ifft2(probe * propagator(CELL, SHAPE, LAM, z, LIMIT))[0, 0]))
+        for z in (-40.0, 0.0, 40.0, 80.0)
+    ]
     assert np.argmax(peak) == 2
 
 
 def test_atoms_keep_the_electrons_but_for_the_band_limit():
-    spectra = exit_waves(WAVES, jnp.stack([gold([1.0, 2.0], [4.0, 5.0])] * 2), jnp.array([0.0, 4.08]), CELL, LAM, LIMIT)
+    spectra = exit_waves(
+        WAVES,
+        jnp.stack([gold([1.0, 2.0], [4.0, 5.0])] * 2),
+        jnp.array([0.0, 4.08]),
+        CELL,
+        LAM,
+        LIMIT,
+    )
     norm = (np.abs(np.asarray(spectra)) ** 2).sum((1, 2))
     assert np.all(norm < 1) and np.all(norm > 0.995)
 
 
 def test_transmission_moves_with_its_atom():
-    spectrum = lambda x, y: np.fft.fft2(gold([x, y]))
+    def spectrum(x, y):
+        return np.fft.fft2(gold([x, y]))
+
     qx, qy = np.fft.fftfreq(180, 6.0 / 180), np.fft.fftfreq(210, 7.5 / 210)
     ramp = np.exp(-2j * np.pi * (0.113 * qx - 0.27 * qy[:, None]))
     moved, reference = spectrum(2.113, 2.73), spectrum(2.0, 3.0)
@@ -53,9 +67,16 @@ def test_transmission_moves_with_its_atom():
 
 def test_weak_potential_is_the_scattering_factor():
     """One light atom at high energy: the scattered wave is i sigma V, the first Born approximation."""
-    spectrum = np.fft.fft2(transmission(np.zeros((1, 2)), "H", CELL, SHAPE, ENERGY, LIMIT)) / (180 * 210)
+    spectrum = np.fft.fft2(transmission(np.zeros((1, 2)), "H", CELL, SHAPE, ENERGY, LIMIT)) / (
+        180 * 210
+    )
     q = 3 / CELL[0]
-    born = interaction_parameter(ENERGY) * POTENTIAL_PER_SCATTERING_FACTOR * float(scattering_factor("H", jnp.asarray(q))) / (6.0 * 7.5)
+    born = (
+        interaction_parameter(ENERGY)
+        * POTENTIAL_PER_SCATTERING_FACTOR
+        * float(scattering_factor("H", jnp.asarray(q)))
+        / (6.0 * 7.5)
+    )
     assert spectrum[0, 3].imag == pytest.approx(born, rel=2e-3)
 
 
@@ -65,7 +86,9 @@ def test_high_angle_signal_is_converged_in_the_grid():
     def signal(n):
         cell, limit = (6.0, 6.0), n / 6.0 / 3
         atom = transmission(np.array([[3.0, 3.0]]), "Au", cell, (n, n), ENERGY, limit)
-        out = multislice(jnp.zeros((n, n)).at[0, 0].set(1.0), atom[None], jnp.zeros(1), cell, LAM, limit)
+        out = multislice(
+            jnp.zeros((n, n)).at[0, 0].set(1.0), atom[None], jnp.zeros(1), cell, LAM, limit
+        )
         q = np.hypot(*np.meshgrid(*[np.fft.fftfreq(n, 6.0 / n)] * 2)) * LAM * 1e3
         return float((np.abs(np.asarray(out)) ** 2)[(q > 48) & (q < 180)].sum())
 

@@ -52,6 +52,14 @@ def test_one_aberration_twice_is_refused():
 
 
 def test_aberrations_are_differentiable():
-    chi = lambda m: aberration_phase(m, 0.5, 0.5, 0.0)
-    slope = jax.grad(chi)(Microscope(300e3, 21.0, 0.7, aberrations={"C12_A": 30.0, "phi12_deg": 10.0}))
-    assert slope.aberrations["C12_A"] != 0 and slope.aberrations["phi12_deg"] != 0 and slope.spherical_aberration != 0
+    def chi(m):
+        return aberration_phase(m, 0.5, 0.5, 0.0)
+
+    slope = jax.grad(chi)(
+        Microscope(300e3, 21.0, 0.7, aberrations={"C12_A": 30.0, "phi12_deg": 10.0})
+    )
+    assert (
+        slope.aberrations["C12_A"] != 0
+        and slope.aberrations["phi12_deg"] != 0
+        and slope.spherical_aberration != 0
+    )

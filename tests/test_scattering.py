@@ -22,8 +22,12 @@ def test_every_lobato_row_has_the_charge_of_its_nucleus():
 def test_the_two_tables_agree_for_every_element():
     q = np.linspace(0.3, 6, 60)
     for element in ELEMENTS:
-        lobato, kirkland = (np.asarray(scattering_factor(element, q, p)) for p in ("lobato", "kirkland"))
-        assert np.abs(lobato / kirkland - 1).max() < 0.05  # independent fits to the same atoms; measured 0.043 (Ir)
+        lobato, kirkland = (
+            np.asarray(scattering_factor(element, q, p)) for p in ("lobato", "kirkland")
+        )
+        assert (
+            np.abs(lobato / kirkland - 1).max() < 0.05
+        )  # independent fits to the same atoms; measured 0.043 (Ir)
 
 
 def test_gold_scatters_forward_by_about_ten_angstrom():

@@ -134,19 +134,21 @@ def log_likelihood(parameters: dict, problem: Problem) -> jax.Array:
 
 
 PRIOR_SD = {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05}
+BACKGROUND_SHAPE = 4.0
 MEAN_SHIFT_SD = 1e-3  # Å; fixes the gauge
 
 
 def log_prior(parameters: dict, problem: Problem) -> jax.Array:
-    """Weak normal priors about the start (`PRIOR_SD`), Jeffreys' prior of a Poisson rate for the background, and the gauge.
+    """Weak normal priors about the start (`PRIOR_SD`), a Gamma prior for the background, and the gauge.
 
-    Depths have a normal prior of 100 Å about zero. Background b has p(b) = b^(-1/2), so log b has density b^(1/2).
+    Depths have a normal prior of 100 Å about zero. Background has the improper Gamma density b^(BACKGROUND_SHAPE - 1), worth that many
+    electrons in a whole image: nothing beside the signal, but it keeps the logarithm's posterior close to normal when b is zero.
     """
     total = 0.0
     for name in problem.free:
         value = parameters[name]
         if name == "log_background":
-            total = total + jnp.sum(value) / 2
+            total = total + BACKGROUND_SHAPE * jnp.sum(value)
         else:
             centre = 0.0 if name == "depth" else problem.start[name]
             total = total - jnp.sum((value - centre) ** 2) / (2 * PRIOR_SD[name] ** 2)
@@ -225,9 +227,9 @@ def fisher_and_score(parameters: dict, problem: Problem, progress=lambda items, 
 
 
 def prior_precision(problem: Problem) -> np.ndarray:
-    """Curvature of the log-prior over the free parameters (P, P); for log background one half, its value at the mode."""
+    """Curvature of the log-prior over the free parameters (P, P); for log background `BACKGROUND_SHAPE`, its value at the mode."""
     names = _index(problem)
-    diagonal = np.array([0.5 if n == "log_background" else PRIOR_SD[n] ** -2 for n, _ in names])
+    diagonal = np.array([BACKGROUND_SHAPE if n == "log_background" else PRIOR_SD[n] ** -2 for n, _ in names])
     precision = np.diag(diagonal)
     for name in ("shift_x", "shift_y"):
         chosen = np.array([i for i, (n, _) in enumerate(names) if n == name], int)

@@ -51,7 +51,7 @@ def infer(
     key: jax.Array | None = None,
     samples: int = 500,
     chains: int = 2,
-    warmup: int = 150,
+    warmup: int = 100,
     estimate: Estimate | None = None,
     progress_bar: bool = True,
 ) -> Posterior:

@@ -90,7 +90,7 @@ class Renderer(NamedTuple):
     to_x: jax.Array
 
 
-def renderer(library: ColumnLibrary, series: FocalSeries, tolerance: float = 1e-5) -> Renderer:
+def renderer(library: ColumnLibrary, series: FocalSeries, tolerance: float = 1e-4) -> Renderer:
     """Fourier grid of a field: the field itself where it is periodic, else with a margin as wide as the widest probe.
 
     Frequencies whose coefficients stay under `tolerance` of the largest are left out.

@@ -35,10 +35,17 @@ def transmission(
         [1/Å]; two thirds of Nyquist keeps products free of aliasing.
     """
     ny, nx = shape
-    qx, qy = (np.fft.fftfreq(2 * n, side / (2 * n)) for n, side in zip((nx, ny), cell))
+    qx, qy = (np.fft.fftfreq(2 * n, side / (2 * n)) for n, side in zip((nx, ny), cell, strict=True))
     q = np.hypot(qx, qy[:, None])
-    factor = jnp.asarray(POTENTIAL_PER_SCATTERING_FACTOR * scattering_factor(element, q, parametrization) / (cell[0] * cell[1]), jnp.float32)
-    structure = jnp.exp(-2j * jnp.pi * qy[:, None] * positions[:, 1]) @ jnp.exp(-2j * jnp.pi * positions[:, :1] * qx)
+    factor = jnp.asarray(
+        POTENTIAL_PER_SCATTERING_FACTOR
+        * scattering_factor(element, q, parametrization)
+        / (cell[0] * cell[1]),
+        jnp.float32,
+    )
+    structure = jnp.exp(-2j * jnp.pi * qy[:, None] * positions[:, 1]) @ jnp.exp(
+        -2j * jnp.pi * positions[:, :1] * qx
+    )
     potential = jnp.fft.ifft2(factor * structure).real * (4 * nx * ny)
     spectrum = jnp.fft.fft2(jnp.exp(1j * interaction_parameter(energy) * potential)) / 4
     keep_y, keep_x = (np.fft.fftfreq(n, 1 / n).round().astype(int) for n in (ny, nx))
@@ -47,12 +54,18 @@ def transmission(
 
 
 def propagator(
-    cell: tuple[float, float], shape: tuple[int, int], wavelength: float, distance: Float[Array, ""], band_limit: float
+    cell: tuple[float, float],
+    shape: tuple[int, int],
+    wavelength: float,
+    distance: Float[Array, ""],
+    band_limit: float,
 ) -> Complex[Array, "y x"]:
     """exp(-i pi wavelength q^2 distance), zero beyond the band limit and zero frequency in the corner; differentiable in distance [Å]."""
-    qx, qy = (np.fft.fftfreq(n, side / n) for n, side in zip(shape[::-1], cell))
+    qx, qy = (np.fft.fftfreq(n, side / n) for n, side in zip(shape[::-1], cell, strict=True))
     q2 = qx**2 + qy[:, None] ** 2
-    return jnp.where(q2 < band_limit**2, jnp.exp(-1j * jnp.pi * wavelength * q2 * distance), 0).astype(jnp.complex64)
+    return jnp.where(
+        q2 < band_limit**2, jnp.exp(-1j * jnp.pi * wavelength * q2 * distance), 0
+    ).astype(jnp.complex64)
 
 
 def multislice(
@@ -114,7 +127,9 @@ def exit_waves(
     shape = transmissions.shape[1:]
 
     def carry(wave):
-        incident = jnp.zeros(shape, jnp.complex64).at[wave[1] % shape[0], wave[0] % shape[1]].set(1.0)
+        incident = (
+            jnp.zeros(shape, jnp.complex64).at[wave[1] % shape[0], wave[0] % shape[1]].set(1.0)
+        )
         return multislice(incident, transmissions, depths, cell, wavelength, band_limit)
 
     return jax.lax.map(carry, jnp.asarray(waves))

@@ -10,7 +10,20 @@ from jaxtyping import Array, Float, ScalarLike
 from ..errors import InputError
 from .electron import wavelength
 
-ORDERS = ("12", "21", "23", "32", "34", "41", "43", "45", "50", "52", "54", "56")  # n, m beside C10 and C30
+ORDERS = (
+    "12",
+    "21",
+    "23",
+    "32",
+    "34",
+    "41",
+    "43",
+    "45",
+    "50",
+    "52",
+    "54",
+    "56",
+)  # n, m beside C10 and C30
 
 
 class Microscope(eqx.Module):
@@ -48,7 +61,9 @@ class Microscope(eqx.Module):
     def __check_init__(self):
         names = [_order(name) for name in self.aberrations]
         if len(set(names)) < len(names):
-            raise InputError(f"aberrations are {', '.join(self.aberrations)}: one is given twice. Keep one spelling of it.")
+            raise InputError(
+                f"aberrations are {', '.join(self.aberrations)}: one is given twice. Keep one spelling of it."
+            )
 
 
 def _order(name: str) -> tuple[str, int, int]:
@@ -56,7 +71,10 @@ def _order(name: str) -> tuple[str, int, int]:
     match = re.fullmatch(r"(?:(C)(\d\d)(?:_A)?|(phi)(\d\d)(?:_deg)?)", name)
     kind, order = (match[1] or match[3], match[2] or match[4]) if match else (None, None)
     if order not in ORDERS or (kind == "phi" and order.endswith("0")):
-        own = {"C10": " Defocus is -C10: give the defocus instead.", "C30": " Give spherical_aberration instead."}
+        own = {
+            "C10": " Defocus is -C10: give the defocus instead.",
+            "C30": " Give spherical_aberration instead.",
+        }
         allowed = ", ".join(f"C{o}_A" for o in ORDERS)
         raise InputError(
             f"aberration {name!r} is not known.{own.get(name.removesuffix('_A'), '')} "

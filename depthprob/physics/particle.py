@@ -24,7 +24,9 @@ from .optics import Microscope, aberration_phase
 from .specimen import rms_from_debye_waller_b
 
 
-def thermal_displacements(atoms: np.ndarray, debye_waller_b: float, configurations: int, seed: int) -> np.ndarray:
+def thermal_displacements(
+    atoms: np.ndarray, debye_waller_b: float, configurations: int, seed: int
+) -> np.ndarray:
     """Lateral displacements (configuration, atom, 2) [Å]: every column draws its own scrambled Sobol sequence over its atoms.
 
     Scrambling alone leaves the sequences of different columns correlated (up to 0.9: their leading digits differ by a constant), so
@@ -39,7 +41,9 @@ def thermal_displacements(atoms: np.ndarray, debye_waller_b: float, configuratio
         members = np.flatnonzero(columns == column)
         sobol = qmc.Sobol(2 * len(members), scramble=True, rng=rng)
         shuffle = np.random.default_rng(rng.integers(2**63))
-        order = np.concatenate([[0], *(2**m + shuffle.permutation(2**m) for m in range(doublings))])[:configurations]
+        order = np.concatenate(
+            [[0], *(2**m + shuffle.permutation(2**m) for m in range(doublings))]
+        )[:configurations]
         uniform = sobol.random_base2(doublings)[order].reshape(configurations, len(members), 2)
         draws[:, members] = norm.ppf(np.clip(uniform, 1e-12, 1 - 1e-12))
     return float(rms_from_debye_waller_b(debye_waller_b)) * draws
@@ -92,7 +96,9 @@ def particle_gram(
     q2 = (jx / cell[0]) ** 2 + ((jy / cell[1]) ** 2)[:, None]
     q, mask = np.sqrt(q2), q2 < band_limit**2
     rim = 1 / math.sqrt(cell[0] * cell[1])
-    sensitivity = np.clip((q - inner) / rim + 0.5, 0, 1) * np.clip((outer - q) / rim + 0.5, 0, 1) * mask
+    sensitivity = (
+        np.clip((q - inner) / rim + 0.5, 0, 1) * np.clip((outer - q) / rim + 0.5, 0, 1) * mask
+    )
     detected = np.flatnonzero(sensitivity)
     weight = np.sqrt(sensitivity.ravel()[detected]).astype(np.float32)
     iy, ix = np.nonzero(q < float(microscope.convergence_angle) * 1e-3 / lam + rim / 2)
@@ -101,11 +107,24 @@ def particle_gram(
     height = np.round(atoms[:, 2], 3)
     planes = np.unique(height)
     slices = [
-        np.asarray(transmission(atoms[height == z, :2], element, cell, (ny, nx), microscope.energy, band_limit, parametrization))
+        np.asarray(
+            transmission(
+                atoms[height == z, :2],
+                element,
+                cell,
+                (ny, nx),
+                microscope.energy,
+                band_limit,
+                parametrization,
+            )
+        )
         for z in planes
     ]
     steps = np.diff(planes).round(3)
-    propagators = {dz: (mask * np.exp(-1j * np.pi * lam * q2 * dz)).astype(np.complex64) for dz in np.unique(steps)}
+    propagators = {
+        dz: (mask * np.exp(-1j * np.pi * lam * q2 * dz)).astype(np.complex64)
+        for dz in np.unique(steps)
+    }
     entrance = np.exp(-1j * np.pi * lam * q2[iy, ix] * planes[0]) / (nx * ny)
     seen = np.empty((len(waves), len(detected)), np.complex64)
     for k, (x, y) in enumerate(waves):
@@ -114,7 +133,7 @@ def particle_gram(
             np.exp(2j * np.pi * x * np.arange(nx) / nx).astype(np.complex64),
         )
         spectrum = scipy.fft.fft2(np.multiply(wave, slices[0], out=wave), overwrite_x=True)
-        for dz, transmitted in zip(steps, slices[1:]):
+        for dz, transmitted in zip(steps, slices[1:], strict=True):
             spectrum *= propagators[dz]
             wave = scipy.fft.ifft2(spectrum, overwrite_x=True)
             wave *= transmitted
@@ -132,9 +151,17 @@ def hermitian_product(seen: np.ndarray, chunk: int = 16384) -> np.ndarray:
 
 
 def images_from_gram(
-    gram: np.ndarray, waves: np.ndarray, cell: tuple[float, float], microscope: Microscope, defocus: np.ndarray, shape: tuple[int, int]
+    gram: np.ndarray,
+    waves: np.ndarray,
+    cell: tuple[float, float],
+    microscope: Microscope,
+    defocus: np.ndarray,
+    shape: tuple[int, int],
+    shifts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Focal series (F, y, x), fraction of the beam, of the cell sampled at shape pixels from the corner (float64).
+
+    `shifts` (F, 2) [Å] displace the object in each image, exactly.
 
     The probe at R holds a_k exp(-2 pi i k.R) with a_k = exp(-i chi(k)), so every pair (k, k') adds conj(a_k) G a_k' to the Fourier
     coefficient at q = k - k' of the image. Source size multiplies by exp(-2 pi^2 s^2 q^2), focal spread by
@@ -150,7 +177,9 @@ def images_from_gram(
     lam = float(wavelength(microscope.energy))
     kx, ky = waves[:, 0] / cell[0], waves[:, 1] / cell[1]
     rim = np.sqrt(cell[0] * cell[1])
-    amplitude = np.clip((float(microscope.convergence_angle) * 1e-3 / lam - np.hypot(kx, ky)) * rim + 0.5, 0, 1)
+    amplitude = np.clip(
+        (float(microscope.convergence_angle) * 1e-3 / lam - np.hypot(kx, ky)) * rim + 0.5, 0, 1
+    )
     amplitude = amplitude / np.sqrt((amplitude**2).sum())
     chi = np.asarray(aberration_phase(microscope, kx, ky, 0.0))
     widest = 2 * abs(waves).max() + 1
@@ -162,7 +191,11 @@ def images_from_gram(
     s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
     source = np.exp(-2 * (np.pi * s) ** 2 * (qx**2 + qy**2))
     x, y = np.arange(shape[1]) / shape[1], np.arange(shape[0]) / shape[0]
-    to_x, to_y = np.exp(2j * np.pi * np.outer(frequency, x)), np.exp(2j * np.pi * np.outer(y, frequency))
+    to_x, to_y = (
+        np.exp(2j * np.pi * np.outer(frequency, x)),
+        np.exp(2j * np.pi * np.outer(y, frequency)),
+    )
+    shifts = np.zeros((len(defocus), 2)) if shifts is None else shifts
     k2 = kx**2 + ky**2
     spread = np.pi * lam * float(microscope.focal_spread)
     gram = gram * np.exp(-((spread * (k2[:, None] - k2)) ** 2) / 2)
@@ -170,8 +203,11 @@ def images_from_gram(
     for i, f in enumerate(defocus):
         a = amplitude * np.exp(-1j * (chi - np.pi * lam * f * k2))
         pairs = (a.conj()[:, None] * gram * a[None]).ravel()
-        spectrum = np.bincount(index, pairs.real, side**2) + 1j * np.bincount(index, pairs.imag, side**2)
-        series[i] = (to_y @ (spectrum.reshape(side, side) * source) @ to_x).real
+        spectrum = np.bincount(index, pairs.real, side**2) + 1j * np.bincount(
+            index, pairs.imag, side**2
+        )
+        moved = source * np.exp(-2j * np.pi * (qx * shifts[i, 0] + qy * shifts[i, 1]))
+        series[i] = (to_y @ (spectrum.reshape(side, side) * moved) @ to_x).real
     return series
 
 
@@ -199,9 +235,19 @@ def simulate_particle(
     InputError
         If the checkpoint was made with other settings.
     """
-    numbers = (debye_waller_b, *cell, sampling, microscope.energy, microscope.convergence_angle, detector.inner, detector.outer)
-    digest = hashlib.sha256(np.ascontiguousarray(atoms, float)).hexdigest()[:16]
-    settings = f"{element}, {parametrization}, seed {seed}, atoms {digest}, " + ", ".join(f"{float(n):.10g}" for n in numbers)
+    numbers = (
+        debye_waller_b,
+        *cell,
+        sampling,
+        microscope.energy,
+        microscope.convergence_angle,
+        detector.inner,
+        detector.outer,
+    )
+    digest = hashlib.sha256(np.asarray(atoms, float).tobytes()).hexdigest()[:16]
+    settings = f"{element}, {parametrization}, seed {seed}, atoms {digest}, " + ", ".join(
+        f"{float(n):.10g}" for n in numbers
+    )
     total, done, waves = None, 0, None
     if checkpoint and Path(checkpoint).exists():
         with np.load(checkpoint, allow_pickle=False) as saved:
@@ -213,11 +259,22 @@ def simulate_particle(
                     "Delete it to start afresh, or give another checkpoint."
                 )
     configurations = max(configurations, done)
-    halves = [thermal_displacements(atoms, debye_waller_b, (configurations + 1 - h) // 2, 2 * seed + h) for h in (0, 1)]
-    for i in progress(range(done, configurations), desc="whole particle", unit="configuration", initial=done, total=configurations):
+    halves = [
+        thermal_displacements(atoms, debye_waller_b, (configurations + 1 - h) // 2, 2 * seed + h)
+        for h in (0, 1)
+    ]
+    for i in progress(
+        range(done, configurations),
+        desc="whole particle",
+        unit="configuration",
+        initial=done,
+        total=configurations,
+    ):
         moved = atoms.copy()
         moved[:, :2] += halves[i % 2][i // 2]
-        gram, waves = particle_gram(moved, element, cell, microscope, detector, sampling, parametrization)
+        gram, waves = particle_gram(
+            moved, element, cell, microscope, detector, sampling, parametrization
+        )
         total = np.zeros((2, *gram.shape), np.complex128) if total is None else total
         total[i % 2] += gram
         if checkpoint:

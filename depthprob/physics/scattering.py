@@ -15,7 +15,9 @@ POTENTIAL_PER_SCATTERING_FACTOR = 47.87801  # h^2 / (2 pi m e) [V Å^2]
 
 @functools.cache
 def _table(parametrization: str) -> dict[str, list]:
-    return json.loads(resources.files("depthprob.data").joinpath(f"{parametrization}.json").read_text())
+    return json.loads(
+        resources.files("depthprob.data").joinpath(f"{parametrization}.json").read_text()
+    )
 
 
 def parameters(element: str, parametrization: str = "lobato") -> np.ndarray:
@@ -30,7 +32,9 @@ def parameters(element: str, parametrization: str = "lobato") -> np.ndarray:
         raise InputError(f"parametrization is {parametrization!r}; give 'lobato' or 'kirkland'.")
     table = _table(parametrization)
     if element not in table:
-        raise InputError(f"element is {element!r}; the {parametrization} table holds {', '.join(table)}.")
+        raise InputError(
+            f"element is {element!r}; the {parametrization} table holds {', '.join(table)}."
+        )
     return np.array(table[element])
 
 

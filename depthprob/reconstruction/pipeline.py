@@ -198,21 +198,31 @@ def column_geometry(config: Config):
     return crystal_columns(s.structure, s.lattice_constant_A, s.zone_axis)
 
 
-def library_for(config: Config, n_max: int, progress, margin: float = 60.0) -> ColumnLibrary:
-    """Library for the config's lens and foci, atoms up to n_max, depths up to `margin` Å beyond the foci; kept in the cache."""
-    gram = gram_for(config, n_max, progress)
+def z_range_of(config: Config, margin: float = 60.0) -> tuple[float, float]:
+    """Defocus minus depth that a library must cover: the foci, and depths up to `margin` Å beyond the plane in focus."""
     defocus = config.focal_series.defocus
-    z_range = (float(defocus.min() - margin), float(defocus.max() + margin))
-    m = config.microscope
-    text = json.dumps([repr(m), z_range, gram.n_max, float(abs(gram.blocks).sum()), 1], sort_keys=True)
-    path = cache_folder() / f"library_{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
-    for packaged in resources.files("depthprob.data").iterdir():
-        if packaged.name == path.name:
-            with resources.as_file(packaged) as found:
-                return ColumnLibrary.load(found)
+    return float(defocus.min() - margin), float(defocus.max() + margin)
+
+
+def library_name(config: Config, gram: ColumnGram) -> str:
+    """File name that tells the lens and foci of a library, and the Gram matrix it came from."""
+    checksum = hashlib.sha256(np.ascontiguousarray(gram.blocks).tobytes()).hexdigest()
+    text = json.dumps([repr(config.microscope), z_range_of(config), checksum, 1])
+    return f"library_{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
+
+
+def library_for(config: Config, n_max: int, progress) -> ColumnLibrary:
+    """Library for the config's lens and foci, atoms up to n_max: packaged, from the cache, or built now and kept."""
+    gram = gram_for(config, n_max, progress)
+    name = library_name(config, gram)
+    packaged = resources.files("depthprob.data") / name
+    if packaged.is_file():
+        with resources.as_file(packaged) as path:
+            return ColumnLibrary.load(path)
+    path = cache_folder() / name
     if path.exists():
         return ColumnLibrary.load(path)
-    library = library_from_gram(gram, microscope_of(config), z_range)
+    library = library_from_gram(gram, microscope_of(config), z_range_of(config))
     library.save(path)
     return library
 

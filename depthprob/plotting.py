@@ -1,0 +1,125 @@
+"""Figures of a reconstruction, one function per figure, on matplotlib axes."""
+
+import numpy as np
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's colour-blind safe palette
+
+
+def _extent(shape, pixel_size):
+    ny, nx = shape
+    return (-pixel_size / 2, (nx - 0.5) * pixel_size, (ny - 0.5) * pixel_size, -pixel_size / 2)
+
+
+def plot_stack(axes, stack, defocus, pixel_size):
+    """The stack at as many foci as there are axes, each on its own grey scale; defocus positive is underfocus."""
+    for ax, i in zip(axes, np.linspace(0, len(stack) - 1, len(axes)).round().astype(int)):
+        ax.imshow(stack[i], cmap="gray", extent=_extent(stack.shape[1:], pixel_size))
+        ax.set_title(f"defocus {defocus[i]:+.0f} Å", fontsize=9)
+        ax.set_xlabel("x (Å)")
+    axes[0].set_ylabel("y (Å)")
+
+
+def plot_drift(ax, defocus, drift_px, sd_px):
+    """Displacement of the object in every image with one standard deviation."""
+    for k, (name, color, style) in enumerate((("x", BLUE, "-"), ("y", ORANGE, "--"))):
+        ax.plot(defocus, drift_px[:, k], style, color=color, label=f"along {name}")
+        ax.fill_between(defocus, drift_px[:, k] - sd_px, drift_px[:, k] + sd_px, color=color, alpha=0.25, lw=0)
+    ax.set(xlabel="defocus (Å)", ylabel="displacement (pixels)")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def plot_counts(ax, image, positions, n_atoms, pixel_size):
+    """Average of the sharpest images with every column's number of atoms."""
+    ax.imshow(image, cmap="gray", extent=_extent(image.shape, pixel_size))
+    if len(positions) <= 250:
+        for (x, y), n in zip(positions, n_atoms):
+            ax.text(x, y, str(n), color="#F0E442", ha="center", va="center", fontsize=8, weight="bold")
+    else:
+        ax.scatter(*positions.T, c=n_atoms, s=3, cmap="viridis")
+    ax.set(xlabel="x (Å)", ylabel="y (Å)")
+
+
+def plot_cross_sections(ax, cross_section, library):
+    """Histogram of scattering cross-sections over the library's values."""
+    ax.hist(cross_section, bins=min(60, max(12, 2 * len(cross_section))), color=BLUE)
+    shown = [(n + 1, v) for n, v in enumerate(library) if v <= 1.1 * cross_section.max()]
+    for n, v in shown:
+        ax.axvline(v, color=ORANGE, ls="--", lw=0.8)
+        ax.text(v, ax.get_ylim()[1], str(n), color=ORANGE, ha="center", va="bottom", fontsize=7)
+    ax.set(xlabel="scattering cross-section (Å²)", ylabel="columns")
+
+
+def plot_icl(ax, icl):
+    """Integrated classification likelihood criterion against the number of components."""
+    k = np.arange(1, len(icl) + 1)
+    ax.plot(k, icl, "o-", color=BLUE, ms=3)
+    ax.plot(k[np.argmin(icl)], np.min(icl), "s", color=ORANGE)
+    ax.set(xlabel="number of components", ylabel="ICL")
+
+
+def plot_column_series(ax, defocus, measured, gaussian, joint, title=""):
+    """One column's mean intensity against defocus with both fits."""
+    ax.plot(defocus, measured, "x", color=BLUE, label="measured")
+    ax.plot(defocus, gaussian, "--", color=ORANGE, label="Gaussian peak")
+    ax.plot(defocus, joint, "-", color="black", lw=1, label="joint fit")
+    ax.set(xlabel="defocus (Å)", ylabel="mean intensity (fraction of beam)", title=title)
+    ax.legend(frameon=False, fontsize=8)
+
+
+def plot_depth_map(ax, positions, depth, sd, limits, size=170.0):
+    """Columns as discs coloured by depth; the number in each is its standard deviation in Å."""
+    drawn = ax.scatter(*positions.T, c=depth, s=size, cmap="cividis", vmin=limits[0], vmax=limits[1], edgecolors=GREY, linewidths=0.5)
+    if len(positions) <= 150:
+        for (x, y), d, s in zip(positions, depth, sd):
+            light = (d - limits[0]) > 0.55 * (limits[1] - limits[0])
+            ax.text(x, y, f"{s:.1f}", ha="center", va="center", fontsize=6, color="black" if light else "white")
+    ax.set(xlabel="x (Å)", ylabel="y (Å)", aspect="equal")
+    ax.invert_yaxis()
+    return drawn
+
+
+def plot_estimates(ax, depth, sd, gaussian, gaussian_sd, truth=None):
+    """Both estimators column by column, sorted by the joint depth, with one standard deviation."""
+    order = np.argsort(depth)
+    k = np.arange(len(order))
+    ax.errorbar(k - 0.15, gaussian[order], gaussian_sd[order], fmt="s", ms=3, color=ORANGE, lw=0.8, label="Gaussian peak")
+    ax.errorbar(k + 0.15, depth[order], sd[order], fmt="o", ms=3, color=BLUE, lw=1, label="joint fit")
+    if truth is not None:
+        ax.plot(k, truth[order], "_", color="black", ms=9, label="truth")
+    span = np.ptp(depth) + 4
+    ax.set(xlabel="column, sorted by depth", ylabel="depth (Å)", ylim=(depth.max() + span / 2, depth.min() - span / 2))
+    ax.legend(frameon=False, fontsize=8)
+
+
+def plot_against_bound(ax, crlb, depth_sd, gaussian_sd, errors=None, gaussian_errors=None):
+    """Estimators' standard deviations (and errors, when the truth is known) against the Cramér-Rao bound."""
+    ax.plot(crlb, depth_sd, "o", color=BLUE, ms=4, label="joint fit, sd")
+    ax.plot(crlb, gaussian_sd, "s", color=ORANGE, ms=3, label="Gaussian peak, sd")
+    if errors is not None:
+        ax.plot(crlb, abs(errors), "o", mfc="none", color=BLUE, ms=4, label="joint fit, |error|")
+        ax.plot(crlb, abs(gaussian_errors), "s", mfc="none", color=ORANGE, ms=3, label="Gaussian peak, |error|")
+    top = 1.1 * crlb.max()
+    ax.plot([0, top], [0, top], "-", color="black", lw=0.8, label="bound")
+    ax.set(xlabel="Cramér-Rao bound on depth (Å)", ylabel="sd or error (Å)", yscale="log", ylim=(0.02, None), xlim=(0.9 * crlb.min(), top))
+    ax.legend(frameon=False, fontsize=7)
+
+
+def plot_particle(ax, atoms, atom_sd, angle=None, element=""):
+    """Atoms seen along the beam (angle None), or from the side after turning the particle about the beam [degrees].
+
+    From the side the beam runs down the page; bars show one standard deviation in depth of each column's topmost atom.
+    """
+    if angle is None:
+        ax.scatter(atoms[:, 0], atoms[:, 1], s=40, color="#E69F00", edgecolors="black", linewidths=0.4)
+        ax.set(xlabel="x (Å)", ylabel="y (Å)", aspect="equal", title="along the beam")
+        ax.invert_yaxis()
+        return
+    t = np.radians(angle)
+    across = np.cos(t) * atoms[:, 0] + np.sin(t) * atoms[:, 1]
+    toward = -np.sin(t) * atoms[:, 0] + np.cos(t) * atoms[:, 1]
+    order = np.argsort(-toward)
+    shade = (toward - toward.min()) / max(np.ptp(toward), 1e-9)
+    ax.scatter(across[order], atoms[order, 2], s=40, c=1 - shade[order], cmap="YlOrBr", vmin=-0.4, vmax=1.4, edgecolors="black", linewidths=0.4)
+    ax.errorbar(across, atoms[:, 2], atom_sd[:, 2], fmt="none", ecolor=GREY, elinewidth=0.6)
+    ax.set(xlabel=f"across, turned {angle:.0f}° (Å)", ylabel="z (Å), beam downwards", aspect="equal", title=f"from the side, {angle:.0f}°")
+    ax.invert_yaxis()
