@@ -133,7 +133,7 @@ def library(
             raise InputError(f"cannot write a library {str(output)!r}: the allowed ending is .npz.")
         _check_output_file(output)
         _use_double_precision()
-        from .physics.library import build_library
+        from .reconstruction.pipeline import build_library
 
         build_library(settings, output, quiet=quiet)
     _say(f"wrote {output}", quiet)
@@ -151,7 +151,7 @@ def crlb(
         settings = _settings(config)
         _check_output_file(output)
         _use_double_precision()
-        from .inference.fisher import column_crlb
+        from .reconstruction.bounds import column_crlb
 
         _hand_over(column_crlb(settings), output)
 

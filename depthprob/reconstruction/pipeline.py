@@ -23,9 +23,10 @@ from ..io import Stack, read_stack, write_columns_csv, write_drift_csv, write_js
 from ..physics.detector import AnnularDetector
 from ..physics.focal_series import Field, FocalSeries, expected_counts
 from ..physics.electron import wavelength
-from ..physics.gram import ColumnGram
+from ..physics.gram import ColumnGram, required_sampling
 from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load_gram, save_gram
 from ..physics.optics import Microscope
+from ..physics.particle import images_from_gram, simulate_particle
 from ..physics.specimen import Column
 from .columns import central_average, find_columns, fit_columns
 from .counting import count_by_library, gaussian_mixture_counts
@@ -533,3 +534,62 @@ def demo(folder, quiet: bool = False) -> None:
         with np.load(stack_path, allow_pickle=False) as saved:
             truth = SimpleNamespace(columns=saved["columns"], atoms=saved["atoms_A"], drift=saved["drift_A"])
     write(reconstruct(stack, config, quiet=quiet, truth=truth), Path(folder))
+
+
+def simulate(config: Config, noise: bool = True, quiet: bool = False) -> Stack:
+    """Focal series of the config's isolated column (frozen phonons, one Gram matrix), or of its structure file (full multislice).
+
+    A structure file needs an orthogonal periodic cell of one element; the image is the whole cell, z = 0 in focus at defocus 0.
+    """
+    progress = lambda items, **k: tqdm(items, disable=quiet, **k)
+    settings = config.focal_series
+    pixel, defocus = settings.pixel_size_A, settings.defocus
+    dose = np.broadcast_to(np.asarray(settings.dose, float), defocus.shape)
+    microscope = microscope_of(config)
+    if config.specimen.structure_file:
+        element, atoms, cell = _read_structure(config)
+        sampling = config.simulation.potential_sampling_A or required_sampling(microscope.energy, config.detector.outer[0]) / 1.07
+        halves, waves = simulate_particle(
+            atoms, element, config.specimen.debye_waller_b, cell, microscope, detector_of(config), config.thermal.configurations,
+            config.thermal.seed, sampling, config.simulation.parametrization, progress=progress,
+        )
+        shape = tuple(int(round(side / pixel)) for side in cell[::-1])
+        if any(abs(n * pixel - side) > 1e-3 * pixel * n for n, side in zip(shape[::-1], cell)):
+            raise InputError(f"pixel_size_A is {pixel:g} Å, but the cell of {cell[0]:g} x {cell[1]:g} Å is no whole number of pixels. Choose one that divides both sides.")
+        weight = (config.thermal.configurations + 1) // 2 / config.thermal.configurations
+        fraction = images_from_gram(weight * halves[0] + (1 - weight) * halves[1], waves, cell, microscope, defocus, shape)
+    else:
+        n = config.specimen.n_atoms
+        library = library_from_gram(gram_for(config, n, progress), microscope, z_range_of(config))
+        half = config.focal_series.field_of_view_A / 2
+        along = np.arange(-half, half + pixel / 2, pixel)
+        fraction = library.series(n, defocus, along, along)
+    expected = np.maximum(fraction, 0) * (dose * pixel**2)[:, None, None]
+    data = np.random.default_rng(config.thermal.seed).poisson(expected).astype(float) if noise else expected
+    return Stack(data, defocus, pixel, {"dose_e_per_A2": dose, "signal": "counts"})
+
+
+def _read_structure(config: Config):
+    """Element, atoms (N, 3) and cell (Lx, Ly) of a structure file."""
+    import ase.io
+
+    path = config.resolve(config.specimen.structure_file)
+    if not path.is_file():
+        raise InputError(f"no structure file {str(path)!r}. Give specimen.structure_file relative to the config.")
+    try:
+        atoms = ase.io.read(path)
+    except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, ValueError, KeyError, IndexError) as fault:
+        raise InputError(f"cannot read {str(path)!r} as a structure ({fault}). Give an extended XYZ or CIF file.") from fault
+    cell = np.asarray(atoms.cell)
+    if abs(cell - np.diag(np.diag(cell))).max() > 1e-6 or cell[0, 0] <= 0 or cell[1, 1] <= 0:
+        raise InputError(f"the cell of {str(path)!r} is {cell.tolist()}; allowed is an orthogonal cell with x and y sides above zero.")
+    elements = set(atoms.get_chemical_symbols())
+    if len(elements) != 1:
+        raise InputError(f"{str(path)!r} holds {', '.join(sorted(elements))}; one element can be simulated so far.")
+    return elements.pop(), atoms.positions, (float(cell[0, 0]), float(cell[1, 1]))
+
+
+def build_library(config: Config, output, quiet: bool = False) -> None:
+    """Build the library of the config's columns up to inference.max_atoms (else specimen.n_atoms) and write it."""
+    progress = lambda items, **k: tqdm(items, disable=quiet, **k)
+    library_for(config, config.inference.max_atoms or config.specimen.n_atoms, progress).save(output)

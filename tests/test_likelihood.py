@@ -1,0 +1,129 @@
+"""The joint fit on the packaged library: exact derivatives, recovery within its own bounds, a posterior that agrees."""
+
+from importlib import resources
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprob.inference.gaussian_peak import fit_gaussian_peaks
+from depthprob.inference.likelihood import (
+    column_amplitudes,
+    column_bounds,
+    fisher_and_score,
+    from_vector,
+    goodness_of_fit,
+    log_likelihood,
+    make_problem,
+    maximum,
+    to_vector,
+)
+from depthprob.inference.posterior import infer, to_arviz
+from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
+from depthprob.physics.library import ColumnLibrary
+
+DEFOCUS = np.arange(-180.0, 181.0, 20.0)
+SERIES = FocalSeries(DEFOCUS, 0.4, np.full(len(DEFOCUS), 9612.0), (30, 34), False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def library():
+    name = next(f for f in resources.files("depthprob.data").iterdir() if f.name.startswith("library_"))
+    with resources.as_file(name) as path:
+        return ColumnLibrary.load(path)
+
+
+def field(depths=(-6.0, 3.0, 9.0)):
+    n = len(DEFOCUS)
+    return Field(
+        positions=np.array([[4.0, 5.1], [6.1, 5.0], [9.0, 7.7]]),
+        n_atoms=np.array([4, 6, 3]),
+        depths=np.array(depths),
+        background=np.full(n, 2e-4),
+        gain=np.ones(n),
+        image_shifts=np.zeros((n, 2)),
+    )
+
+
+@pytest.fixture(scope="module")
+def problem(library):
+    mean = np.asarray(expected_counts(field(), library, SERIES), float)
+    return make_problem(np.random.default_rng(1).poisson(mean), field(), library, SERIES)
+
+
+def test_expected_counts_are_the_sum_of_the_columns_images(library):
+    counts = np.asarray(expected_counts(field(), library, SERIES))
+    x, y = np.arange(34) * 0.4, np.arange(30) * 0.4
+    direct = 2e-4 + sum(
+        library.series(n, DEFOCUS - d, x - px, y - py)
+        for (px, py), n, d in zip(field().positions, field().n_atoms, field().depths)
+    )
+    # frequencies under 1e-4 of the largest are left out
+    np.testing.assert_allclose(counts / (9612 * 0.16), direct, atol=2e-3 * direct.max())
+
+
+def test_moving_a_column_in_depth_is_moving_the_focus(library):
+    moved = FocalSeries(DEFOCUS + 4.0, 0.4, SERIES.dose, (30, 34), False)
+    a = expected_counts(field((-6.0, 3.0, 9.0)), library, SERIES)
+    b = expected_counts(field((-2.0, 7.0, 13.0)), library, moved)
+    np.testing.assert_allclose(a, b, atol=2e-4 * float(np.max(a)))  # float32 sums
+
+
+def test_score_is_the_gradient_of_the_log_likelihood(problem):
+    vector = jnp.asarray(to_vector(problem.start, problem)) + 0.01
+    _, score = fisher_and_score(from_vector(vector, problem), problem)
+    gradient = np.asarray(jax.grad(lambda v: log_likelihood(from_vector(v, problem), problem))(vector))
+    np.testing.assert_allclose(score, gradient, atol=2e-4 * abs(gradient).max())  # rates in float32
+
+
+def test_double_dose_doubles_the_information(problem, library):
+    doubled = FocalSeries(DEFOCUS, 0.4, 2 * SERIES.dose, (30, 34), False)
+    more = make_problem(np.asarray(problem.counts), field(), library, doubled)
+    a, b = column_bounds(problem.start, problem), column_bounds(more.start, more)
+    np.testing.assert_allclose(a / b, np.sqrt(2), rtol=1e-4)
+
+
+def test_joint_fit_recovers_depths_and_counts_within_its_error_bars(problem, library):
+    estimate = maximum(problem)
+    assert estimate.converged
+    pull = (np.asarray(estimate.parameters["depth"]) - field().depths) / estimate.sd("depth")
+    assert np.all(abs(pull) < 4.0)  # three columns: false alarm 2e-4
+    amplitude, sd = column_amplitudes(estimate.parameters, problem)
+    assert np.all(abs(amplitude - 1) < 4 * sd + 0.01)
+    assert np.all(abs(goodness_of_fit(estimate.parameters, problem)) < 5)
+
+
+def test_wrong_count_is_seen_in_amplitude_and_fit(library, problem):
+    wrong = make_problem(np.asarray(problem.counts), Field(field().positions, np.array([5, 6, 3]), *[getattr(field(), k) for k in ("depths", "background", "gain", "image_shifts")]), library, SERIES)
+    estimate = maximum(wrong)
+    amplitude, sd = column_amplitudes(estimate.parameters, wrong)
+    assert amplitude[0] < 1 - 4 * sd[0]
+    assert goodness_of_fit(estimate.parameters, wrong)[0] > 5
+
+
+def test_sampler_agrees_with_laplace(problem):
+    estimate = maximum(problem)
+    result = infer(problem, "nuts", jax.random.key(3), samples=150, chains=1, warmup=60, estimate=estimate, progress_bar=False)
+    assert result.diagnostics["divergences"] == 0
+    draws = result.of("depth").reshape(-1, 3)
+    sd = estimate.sd("depth")
+    assert np.all(abs(draws.mean(0) - np.asarray(estimate.parameters["depth"])) < 0.5 * sd)
+    np.testing.assert_allclose(draws.std(0), sd, rtol=0.35)  # 150 correlated draws
+    tree = to_arviz(result, problem)
+    assert tree["posterior"]["depth"].dims == ("chain", "draw", "column")
+
+
+def test_gaussian_peak_finds_an_isolated_column(library):
+    one = Field(np.array([[6.0, 6.0]]), np.array([8]), np.array([5.0]), np.full(len(DEFOCUS), 1e-4), np.ones(len(DEFOCUS)), np.zeros((len(DEFOCUS), 2)))
+    fraction = np.asarray(expected_counts(one, library, SERIES)) / (9612 * 0.16)
+    fit = fit_gaussian_peaks(fraction, one.positions, one.n_atoms, library, SERIES, one.image_shifts, radius=0.6)
+    # no noise: what is left is the pixels of the disc, 0.4 Å against the correction's 0.1 Å
+    assert fit.depth[0] == pytest.approx(5.0, abs=0.5)
+    assert abs(fit.correction[0]) > 1.0  # the peak is not the centre of mass

@@ -1,0 +1,124 @@
+"""Stages of the pipeline, and the whole of it on a particle simulated by an independent program where that is at hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from depthprob.errors import InputError
+from depthprob.reconstruction.columns import central_average, find_columns, fit_columns
+from depthprob.reconstruction.counting import count_by_library, gaussian_mixture_counts
+from depthprob.reconstruction.drift import estimate_drift, shift_images
+from depthprob.reconstruction.lattice import crystal_columns, snap
+
+PARTICLE = Path(__file__).parents[2] / "shared" / "data" / "particle_D.npz"
+needs_particle = pytest.mark.skipif(not PARTICLE.exists(), reason="particle_D.npz is not at hand")
+
+
+@pytest.mark.parametrize(
+    ("structure", "zone", "spacing", "nearest"),
+    [
+        ("fcc", (0, 0, 1), 4.08, 2.04),
+        ("fcc", (1, 1, 0), 4.08 / np.sqrt(2), 4.08 * np.sqrt(6) / 4),
+        ("fcc", (1, 1, 1), 4.08 * np.sqrt(3), 4.08 / np.sqrt(6)),
+        ("bcc", (0, 0, 1), 4.08, 4.08 / np.sqrt(2)),
+        ("bcc", (1, 1, 1), 4.08 * np.sqrt(3) / 2, 4.08 * np.sqrt(2 / 3)),
+    ],
+)
+def test_columns_of_cubic_crystals(structure, zone, spacing, nearest):
+    geometry = crystal_columns(structure, 4.08, zone)
+    assert geometry.spacing == pytest.approx(spacing)
+    if zone != (1, 1, 0):
+        assert np.linalg.norm(geometry.basis[0]) == pytest.approx(nearest)
+    # a column a repeat length of the crystal holds: density of atoms is kept
+    per_cell = {"fcc": 4, "bcc": 2}[structure]
+    assert abs(np.linalg.det(geometry.basis)) * geometry.spacing == pytest.approx(4.08**3 / per_cell)
+
+
+def test_unknown_structure_says_what_is_known():
+    with pytest.raises(InputError, match="fcc"):
+        crystal_columns("diamond", 3.57, (1, 1, 1))
+
+
+def test_lattice_probabilities_are_calibrated():
+    geometry = crystal_columns("fcc", 4.08, (0, 0, 1))
+    rng = np.random.default_rng(5)
+    i, j = (a.ravel() for a in np.mgrid[:6, :6])
+    right, stated = 0, 0.0
+    for _ in range(30):
+        n = rng.integers(3, 8, i.size)
+        site = (i + j) % 2 * 2.04 + (n - 1) / 2 * 4.08 + rng.integers(-2, 2, i.size) * 4.08 + 0.7
+        noise = rng.normal(0, 1.2, i.size)
+        fit = snap(np.stack([i, j], 1) * 2.04 + rng.normal(0, 0.02, (i.size, 2)), site + noise, np.full(i.size, 1.2), n, geometry)
+        right += (abs(fit.depth - site) < 2.04).sum()
+        stated += fit.probability.sum()
+    assert right == pytest.approx(stated, abs=4 * np.sqrt(30 * 36 * 0.1))  # binomial, four sigma
+    assert len(fit.atoms) == n.sum() and np.all(fit.site_probability <= 1 + 1e-9)
+
+
+def test_mixture_finds_the_number_of_thicknesses():
+    rng = np.random.default_rng(2)
+    n = rng.integers(2, 6, 200)
+    measured = 0.02 * n + rng.normal(0, 0.0015, 200)
+    mixture = gaussian_mixture_counts(measured, 8)
+    assert mixture.components == 4
+    assert np.mean(mixture.n + 1 == n) > 0.99
+    counts = count_by_library(measured, np.full(200, 0.0015), 0.02 * np.arange(1, 10))
+    assert np.mean(counts.n == n) > 0.99
+    np.testing.assert_allclose(counts.probability.sum(1), 1)
+
+
+def test_thousands_of_columns_are_fitted_jointly():
+    rng = np.random.default_rng(0)
+    truth = np.stack([a.ravel() for a in np.mgrid[2:82:2.04, 2:82:2.04]], 1) + rng.normal(0, 0.05, (40 * 40, 2))
+    x = np.arange(168) * 0.5
+    ex, ey = (np.exp(-((x - t[:, None]) ** 2) / (2 * 0.5**2)) for t in truth.T)
+    image = 0.1 * ey.T @ ex + 0.01 + rng.normal(0, 1e-3, (168, 168))
+    found = find_columns(image, 0.5)
+    assert len(found) == len(truth)
+    fit = fit_columns(image, found, 0.5)
+    order = np.argmin(np.hypot(*(fit.positions[:, None] - truth[None]).transpose(2, 0, 1)), 1)
+    error = fit.positions - truth[order]
+    assert np.sqrt(np.mean(error**2)) < 0.02
+    assert fit.width == pytest.approx(0.5, abs=0.01)
+    assert np.std((fit.volume - 0.1 * 2 * np.pi * 0.25) / fit.volume_sd) == pytest.approx(1.0, abs=0.3)
+
+
+@needs_particle
+def test_drift_never_hops_a_lattice_period():
+    data = np.load(PARTICLE)
+    true = data["drift_A"] / 0.204
+    true = true - true.mean(0)
+    for periodic, part in ((True, np.s_[:]), (False, np.s_[:, 10:90, 25:])):
+        found = estimate_drift(data["stack"][part], 0.204, data["defocus_A"], periodic)
+        assert np.hypot(*(found - true).T).max() < 4.0  # a period is 10 px; the likelihood refines the rest
+    average, chosen = central_average(shift_images(data["stack"] / 400.0, -true, True), data["defocus_A"])
+    assert len(find_columns(average, 0.204, True)) == 29 and len(chosen) == 8
+
+
+@needs_particle
+@pytest.mark.filterwarnings("ignore")
+def test_whole_pipeline_on_an_independent_particle(tmp_path):
+    import subprocess
+    import sys
+
+    config = tmp_path / "config.toml"
+    config.write_text("[focal_series]\npixel_size_A = 0.204\nperiodic = true\n[inference]\nmax_atoms = 12\n")
+    command = [sys.executable, "-c", "from depthprob.cli import main; main()", "reconstruct", str(PARTICLE), "--config", str(config), "-o", str(tmp_path / "out"), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    table = np.genfromtxt(tmp_path / "out" / "columns.csv", delimiter=",", names=True)
+    truth = np.load(PARTICLE)["columns"]
+    xy = np.stack([table["x_A"], table["y_A"]], 1)
+    xy = xy - (xy.mean(0) - truth[:, :2].mean(0))
+    match = np.argmin(np.hypot(*(xy[:, None] - truth[None, :, :2]).transpose(2, 0, 1)), 1)
+    assert np.sum(table["n_atoms"] == truth[match, 2]) >= 27
+    error = table["depth_A"] - truth[match, 3]
+    rms = np.sqrt(np.mean((error - np.median(error)) ** 2))
+    assert rms < 1.0
+    assert rms < 1.3 * np.sqrt(np.mean(table["crlb_A"] ** 2))
+    for name in ("drift.csv", "posterior.nc", "structure.xyz", "report.html", "provenance.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 500
+    import arviz
+
+    assert "depth" in arviz.from_netcdf(str(tmp_path / "out" / "posterior.nc"))["posterior"]
