@@ -105,7 +105,7 @@ def test_wrong_count_is_seen_in_amplitude_and_fit(library, problem):
     estimate = maximum(wrong)
     amplitude, sd = column_amplitudes(estimate.parameters, wrong)
     assert amplitude[0] < 1 - 4 * sd[0]
-    assert goodness_of_fit(estimate.parameters, wrong)[0] > 5
+    assert goodness_of_fit(estimate.parameters, wrong)[0] > 3  # one in a thousand by chance
 
 
 def test_sampler_agrees_with_laplace(problem):

@@ -18,7 +18,7 @@ from ..reconstruction.pipeline import detector_of, microscope_of
 
 LATTICE = 4.08
 CELL = 4.5 * LATTICE
-CONFIGURATIONS = 16
+CONFIGURATIONS = 15
 SAMPLING = 0.034
 SHAPE = (54, 54)
 

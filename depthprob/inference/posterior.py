@@ -51,7 +51,7 @@ def infer(
     key: jax.Array | None = None,
     samples: int = 500,
     chains: int = 2,
-    warmup: int = 100,
+    warmup: int = 75,
     estimate: Estimate | None = None,
     progress_bar: bool = True,
 ) -> Posterior:
@@ -96,7 +96,7 @@ def _whitened(problem: Problem, mode: np.ndarray, factor: np.ndarray):
 
 def _nuts(model, size, key, samples, chains, warmup, progress_bar):
     # the mass matrix is the identity by construction; only the step is adapted
-    kernel = NUTS(model, dense_mass=False, adapt_mass_matrix=False, step_size=0.4, max_tree_depth=6)
+    kernel = NUTS(model, dense_mass=False, adapt_mass_matrix=False, step_size=0.4, target_accept_prob=0.7, max_tree_depth=4)
     mcmc = MCMC(kernel, num_warmup=warmup, num_samples=samples, num_chains=chains, chain_method="sequential", progress_bar=progress_bar)
     key_start, key_run = jax.random.split(key)
     start = {"z": jax.random.normal(key_start, (chains, size) if chains > 1 else (size,))}
