@@ -58,8 +58,8 @@ def test_gram_gives_the_signal_of_every_probe_and_focus(still_column):
         for i, f in enumerate(defocus):
             for y, x in ((0, 0), (2, 3), (0, 12), (20, 20)):
                 expected = probe_signal(n, (x * CELL / size, y * CELL / size), f)
-                # the modes' tapered edge, and neighbours of the periodic cells: measured 4e-4 for gold
-                assert images[n - 1, i, y, x] == pytest.approx(expected, abs=1.5e-3 * peak)
+                # the modes' tapered edge: 4e-4 of the peak for gold at 48-180 mrad, 0.5 % for this small detector angle
+                assert images[n - 1, i, y, x] == pytest.approx(expected, abs=8e-3 * peak)
 
 
 def test_mode_spectra_are_orthonormal():

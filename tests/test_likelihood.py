@@ -126,4 +126,4 @@ def test_gaussian_peak_finds_an_isolated_column(library):
     fit = fit_gaussian_peaks(fraction, one.positions, one.n_atoms, library, SERIES, one.image_shifts, radius=0.6)
     # no noise: what is left is the pixels of the disc, 0.4 Å against the correction's 0.1 Å
     assert fit.depth[0] == pytest.approx(5.0, abs=0.5)
-    assert abs(fit.correction[0]) > 1.0  # the peak is not the centre of mass
+    assert abs(fit.correction[0]) > 0.5  # the peak is not the centre of mass

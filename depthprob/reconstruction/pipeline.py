@@ -548,7 +548,8 @@ def simulate(config: Config, noise: bool = True, quiet: bool = False) -> Stack:
     microscope = microscope_of(config)
     if config.specimen.structure_file:
         element, atoms, cell = _read_structure(config)
-        sampling = config.simulation.potential_sampling_A or required_sampling(microscope.energy, config.detector.outer[0]) / 1.07
+        widest = config.detector.outer[0] + microscope.convergence_angle
+        sampling = config.simulation.potential_sampling_A or required_sampling(microscope.energy, widest)
         halves, waves = simulate_particle(
             atoms, element, config.specimen.debye_waller_b, cell, microscope, detector_of(config), config.thermal.configurations,
             config.thermal.seed, sampling, config.simulation.parametrization, progress=progress,
