@@ -26,7 +26,7 @@ def still_column():
     lam = wavelength(MICROSCOPE.energy)
     aperture = 20e-3 / lam
     reach = default_reach(COLUMN, 20.0)
-    sweep = prepare_sweep(COLUMN, MICROSCOPE.energy, aperture, DETECTOR, reach)
+    sweep = prepare_sweep(COLUMN, MICROSCOPE.energy, aperture, DETECTOR, reach, sampling=0.05, cell=CELL)  # the probes' grid
     blocks = sweep_column(jnp.zeros((3, 2), jnp.float32), sweep, laguerre_gauss_modes(reach, aperture))
     return ColumnGram(np.asarray(blocks)[None], "Cu", 200e3, 3.6, 0.5, 40.0, 100.0, aperture, reach, 1, "lobato")
 
