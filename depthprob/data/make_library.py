@@ -2,7 +2,7 @@
 
     python -m depthprob.data.make_library [FOLDER]
 
-About five minutes on two cores, and an interrupted run goes on.
+About half an hour on two cores, and an interrupted run goes on.
 """
 
 import sys
@@ -16,7 +16,7 @@ from ..physics.specimen import Column
 from ..reconstruction.pipeline import detector_of, library_name, microscope_of, z_range_of
 
 MAX_ATOMS = 12
-SCRAMBLINGS, CONFIGURATIONS = 8, 8
+SCRAMBLINGS, CONFIGURATIONS, CORRECTIONS = 8, 64, 4
 
 
 def make(folder: Path) -> None:
@@ -31,6 +31,7 @@ def make(folder: Path) -> None:
         detector_of(config),
         configurations=CONFIGURATIONS,
         scramblings=SCRAMBLINGS,
+        corrections=CORRECTIONS,
         checkpoint=folder / "gram_Au_001.partial.npz",
         progress=tqdm,
     )

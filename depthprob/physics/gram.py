@@ -130,6 +130,16 @@ def required_sampling(energy: float, outer: float) -> float:
     return wavelength(energy) / (3 * outer * 1e-3)
 
 
+def default_sampling(energy: float, outer: float, convergence_angle: float) -> float:
+    """Sampling [Å] that leaves 0.1 % of the signal at most: gold, platinum and copper, six atoms, against half of it.
+
+    The 2/3 band limit reaches 1.3 times the outer plus the convergence angle, since an atom must be able to scatter any incident wave to
+    any detected angle and back (stopping at the outer angle lost 1 % of the signal at 100 mrad); 0.04 Å resolve an atom's core
+    whatever the detector.
+    """
+    return min(required_sampling(energy, 1.3 * (outer + convergence_angle)), 0.04)
+
+
 def default_cell(column: Column, energy: float, aperture: float, reach: float) -> float:
     """Side of the cell [Å] in which the modes, spread over half the column, keep clear of each other's periodic images.
 
@@ -142,8 +152,11 @@ def default_cell(column: Column, energy: float, aperture: float, reach: float) -
 
 
 def default_reach(column: Column, convergence_angle: float) -> float:
-    """Radius [Å] at mid-column within which a ray inside the aperture can still meet an atom's core."""
-    return 1.16 + 1e-3 * convergence_angle * column.spacing * (column.n_atoms - 1) / 2
+    """Radius [Å] at mid-column within which a ray inside the aperture can still meet an atom's core.
+
+    With 1.16 Å instead of 1.4 Å the images change by 0.1 % (gold) to 0.2 % (copper, 40 mrad) of their peak.
+    """
+    return 1.4 + 1e-3 * convergence_angle * column.spacing * (column.n_atoms - 1) / 2
 
 
 def prepare_sweep(
@@ -158,11 +171,10 @@ def prepare_sweep(
 ) -> Sweep:
     """Incident modes, transmission of an atom and propagator on a grid chosen for the detector.
 
-    The sampling's 2/3 band limit reaches the outer angle plus the convergence angle: an atom must be able to scatter any incident wave to any
-    detected angle. At 100 mrad, stopping 7 % beyond the outer angle loses 1 % of the signal.
+    Sampling, cell and reach default to `default_sampling`, `default_cell` and `default_reach`.
     """
     lam = float(wavelength(energy))
-    sampling = sampling or required_sampling(energy, float(detector.outer) + 1e3 * aperture * lam)
+    sampling = sampling or default_sampling(energy, float(detector.outer), 1e3 * aperture * lam)
     cell = cell or default_cell(column, energy, aperture, reach)
     n = next_fast_len(math.ceil(cell / sampling))
     n += n % 2

@@ -18,9 +18,22 @@ from scipy.stats import norm, qmc
 
 from .detector import AnnularDetector
 from .electron import wavelength
-from .gram import ColumnGram, default_reach, laguerre_gauss_modes, mode_spectra, prepare_sweep, sweep_column
+from .gram import (
+    ColumnGram,
+    Sweep,
+    default_cell,
+    default_reach,
+    default_sampling,
+    laguerre_gauss_modes,
+    mode_spectra,
+    prepare_sweep,
+    required_sampling,
+    sweep_column,
+)
 from .optics import Microscope, aberration_phase
 from .specimen import Column, rms_from_debye_waller_b
+
+CHEAP_ANGLE, CHEAP_CELL = 0.78, 0.71  # band limit over outer angle, and cell over accurate cell, of the cheap sweep
 
 
 class ColumnLibrary(eqx.Module):
@@ -290,6 +303,7 @@ def build_gram(
     sampling: float | None = None,
     reach: float | None = None,
     cell: float | None = None,
+    corrections: int | None = None,
 ) -> ColumnGram:
     """Gram matrices of isolated columns of 1 to column.n_atoms atoms by frozen-phonon multislice.
 
@@ -300,34 +314,54 @@ def build_gram(
     configurations, scramblings : int
         Thermal configurations in a scrambling, and independent scramblings (at least 8 for a depth error one can trust).
     checkpoint : path, optional
-        Sums are kept here after every configuration; a rerun with the same settings goes on from it.
+        Sums are kept here every few configurations; a rerun with the same settings goes on from it.
     progress : callable
         Wraps the iteration over configurations, for instance `tqdm.tqdm`.
+    corrections : int, optional
+        Configurations of each scrambling that are swept at full accuracy, an eighth of them by default; all of them for no control variate.
+
+    Notes
+    -----
+    Two-level Monte Carlo (Giles, Acta Numerica 24, 259 (2015)): a sweep on a smaller cell with a coarser grid costs an eighth and
+    follows the same displacements almost as well, so G = mean over all configurations of the cheap sweep + mean over a few of
+    accurate minus cheap. For 12 gold atoms one accurate configuration scatters a fitted depth by 1.0 Å, the difference by 0.1 to 0.2 Å.
     """
     aperture = float(convergence_angle) * 1e-3 / float(wavelength(energy))
     reach = reach or default_reach(column, convergence_angle)
+    corrections = min(corrections or max(1, configurations // 8), configurations)
     modes = laguerre_gauss_modes(reach, aperture)
-    sweep = prepare_sweep(column, energy, aperture, detector, reach, parametrization, sampling, cell)
+    sampling = sampling or default_sampling(energy, float(detector.outer), convergence_angle)
+    cell = cell or default_cell(column, energy, aperture, reach)
+    prepare = lambda sampling, cell: _traced(prepare_sweep(column, energy, aperture, detector, reach, parametrization, sampling, cell))
+    accurate = prepare(sampling, cell)
+    cheap = prepare(max(sampling, required_sampling(energy, CHEAP_ANGLE * float(detector.outer))), CHEAP_CELL * cell)
     one = jax.jit(lambda u, sweep: sweep_column(u, sweep, modes))
     size = modes.order // 2 + 1
-    sums = np.zeros((scramblings, column.n_atoms, modes.order + 1, size, size), np.complex128)
+    sums = np.zeros((2, scramblings, column.n_atoms, modes.order + 1, size, size), np.complex128)
+    settings = repr((column, energy, convergence_angle, detector, configurations, corrections, seed, parametrization, sampling, reach, cell))
     done = 0
     if checkpoint and Path(checkpoint).exists():
         with np.load(checkpoint, allow_pickle=False) as saved:
-            if saved["sums"].shape == sums.shape:
+            if "settings" in saved and str(saved["settings"]) == settings and saved["sums"].shape == sums.shape:
                 sums, done = saved["sums"].copy(), int(saved["done"])
     draws = [thermal_draws(column.n_atoms, column.debye_waller_b, configurations, seed * 1000 + i) for i in range(scramblings)]
     # scramblings take turns, so that what is done when interrupted is balanced
     order = [(s, c) for c in range(configurations) for s in range(scramblings)]
-    traced = sweep._replace(detected=jnp.asarray(sweep.detected))
     for i, (s, c) in enumerate(progress(order, desc="column library", unit="configuration")):
         if i < done:
             continue
-        sums[s] += np.asarray(one(jnp.asarray(draws[s][c], jnp.float32), traced))
+        u = jnp.asarray(draws[s][c], jnp.float32)
+        if corrections < configurations:
+            blocks = np.asarray(one(u, cheap))
+            sums[0, s] += blocks / configurations
+        else:
+            blocks = 0
+        if c < corrections:
+            sums[1, s] += (np.asarray(one(u, accurate)) - blocks) / corrections
         if checkpoint and (i % 8 == 7 or i + 1 == len(order)):
-            _atomic_npz(checkpoint, sums=sums, done=i + 1)
+            _atomic_npz(checkpoint, sums=sums, done=i + 1, settings=settings)
     return ColumnGram(
-        blocks=(sums / configurations).astype(np.complex64),
+        blocks=sums.sum(0).astype(np.complex64),
         element=column.element,
         energy=float(energy),
         spacing=float(column.spacing),
@@ -339,6 +373,11 @@ def build_gram(
         configurations=configurations,
         parametrization=parametrization,
     )
+
+
+def _traced(sweep: Sweep) -> Sweep:
+    """With the detector's pixels as an array that jit traces, so that sweeps of one shape share a compilation."""
+    return sweep._replace(detected=jnp.asarray(sweep.detected))
 
 
 def save_gram(path: str | Path, gram: ColumnGram) -> None:

@@ -23,7 +23,7 @@ from ..io import Stack, read_stack, write_columns_csv, write_drift_csv, write_js
 from ..physics.detector import AnnularDetector
 from ..physics.focal_series import Field, FocalSeries, expected_counts
 from ..physics.electron import wavelength
-from ..physics.gram import ColumnGram, required_sampling
+from ..physics.gram import ColumnGram, default_sampling
 from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load_gram, save_gram
 from ..physics.optics import Microscope
 from ..physics.particle import images_from_gram, simulate_particle
@@ -548,8 +548,7 @@ def simulate(config: Config, noise: bool = True, quiet: bool = False) -> Stack:
     microscope = microscope_of(config)
     if config.specimen.structure_file:
         element, atoms, cell = _read_structure(config)
-        widest = config.detector.outer[0] + microscope.convergence_angle
-        sampling = config.simulation.potential_sampling_A or required_sampling(microscope.energy, widest)
+        sampling = config.simulation.potential_sampling_A or default_sampling(microscope.energy, config.detector.outer[0], microscope.convergence_angle)
         halves, waves = simulate_particle(
             atoms, element, config.specimen.debye_waller_b, cell, microscope, detector_of(config), config.thermal.configurations,
             config.thermal.seed, sampling, config.simulation.parametrization, progress=progress,
