@@ -53,7 +53,7 @@ def test_gram_gives_the_signal_of_every_probe_and_focus(still_column):
     size = 80
     for n in (1, 3):
         plane = defocus + still_column.centre_of_mass[n - 1]
-        images = column_images(still_column.blocks[0], still_column, MICROSCOPE, plane, CELL, size)
+        images = column_images(still_column.blocks[0], still_column.modes, MICROSCOPE, plane, CELL, size)
         peak = float(images[n - 1].max())
         for i, f in enumerate(defocus):
             for y, x in ((0, 0), (2, 3), (0, 12), (20, 20)):
@@ -76,7 +76,7 @@ def test_library_reproduces_its_own_images_and_their_depth_rule(still_column):
     x = np.array([0.0, 0.31, 1.7])
     z = np.array([-93.0, 2.5, 40.0])  # between the knots
     cell, size = library.pixel * library.images.shape[1], library.images.shape[1]
-    exact = column_images(still_column.blocks[0], still_column, MICROSCOPE, z + still_column.centre_of_mass[2], cell, size)
+    exact = column_images(still_column.blocks[0], still_column.modes, MICROSCOPE, z + still_column.centre_of_mass[2], cell, size)
     at_pixels = library.series(3, z, np.arange(4) * library.pixel, np.zeros(1))
     np.testing.assert_allclose(at_pixels[:, 0], exact[2, :, 0, :4], atol=1e-4 * exact[2].max())
     assert library.series(2, z, x, x).shape == (3, 3, 3)
@@ -84,7 +84,7 @@ def test_library_reproduces_its_own_images_and_their_depth_rule(still_column):
 
 def test_cross_section_does_not_depend_on_defocus(still_column):
     # incoherent scattering of a thin column: what the beam puts on it is conserved
-    images = column_images(still_column.blocks[0], still_column, MICROSCOPE, np.array([0.0, 80.0]), CELL, 80)
+    images = column_images(still_column.blocks[0], still_column.modes, MICROSCOPE, np.array([0.0, 80.0]), CELL, 80)
     total = images[0].sum((-2, -1))
     assert total[1] == pytest.approx(total[0], rel=5e-3)
 

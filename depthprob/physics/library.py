@@ -20,6 +20,7 @@ from .detector import AnnularDetector
 from .electron import wavelength
 from .gram import (
     ColumnGram,
+    Modes,
     Sweep,
     default_cell,
     default_reach,
@@ -119,14 +120,16 @@ class ColumnLibrary(eqx.Module):
 
 
 def column_images(
-    grams: np.ndarray, source: ColumnGram, microscope: Microscope, plane: np.ndarray, cell: float, size: int
+    grams: np.ndarray, modes: Modes, microscope: Microscope, plane: np.ndarray, cell: float, size: int
 ) -> Float[np.ndarray, "gram z y x"]:
     """Fraction of the beam for each Gram matrix with the probe's crossover in each plane, on a periodic cell (float32).
 
     Parameters
     ----------
     grams : (m, l, P, P)
-        Blocks as in `source.blocks`, any number of atom numbers or scramblings.
+        Blocks as in `ColumnGram.blocks`, any number of atom numbers or scramblings, or derivatives of such.
+    modes : Modes
+        The waves that the blocks refer to.
     plane : (z,)
         Depth of the crossover below the modes' own plane [Å]: defocus - depth + `centre_of_mass`.
     cell, size : float, int
@@ -139,7 +142,6 @@ def column_images(
     """
     lam = float(wavelength(microscope.energy))
     aperture = float(microscope.convergence_angle) * 1e-3 / lam
-    modes = source.modes
     k = np.fft.fftfreq(size, cell / size)
     kx, ky = np.meshgrid(k, k)
     radius = np.hypot(kx, ky)
@@ -209,7 +211,7 @@ def library_from_gram(
     cell = image_cell or 2 * (1e-3 * float(microscope.convergence_angle) * widest + 7.0)
     size = int(np.ceil(4.1 * aperture * cell / 2)) * 2
     mean = source.blocks.mean(0)
-    images = column_images(mean, source, microscope, plane, cell, size)
+    images = column_images(mean, source.modes, microscope, plane, cell, size)
     flat = images.reshape(n_max * len(plane), -1)
     basis, weights = _low_rank(flat, tolerance)
     weights = weights.reshape(n_max, len(plane), -1)
@@ -262,7 +264,7 @@ def depth_error(source: ColumnGram, microscope: Microscope, images: np.ndarray, 
     ss, sa, aa = inner(slope, slope), inner(slope, reference), inner(reference, reference)
     steps = []
     for blocks in source.blocks:
-        delta = column_images(blocks, source, microscope, plane[chosen], cell, size) - reference
+        delta = column_images(blocks, source.modes, microscope, plane[chosen], cell, size) - reference
         steps.append((aa * inner(slope, delta) - sa * inner(reference, delta)) / (ss * aa - sa**2))
     return np.std(steps, axis=0, ddof=1) / np.sqrt(scramblings)
 

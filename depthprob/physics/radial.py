@@ -1,0 +1,202 @@
+"""An isolated column in cylindrical waves, with thermal motion in closed form: no Monte-Carlo noise, exact derivatives by every depth.
+
+A thermally averaged column has the symmetry of a cylinder, so waves of different angular momentum l scatter separately and each is a
+function of one radius. Thermal motion is that of independent atoms (Einstein): the mean wave meets the mean transmission of each
+atom, and what an atom scatters out of the mean wave goes straight to the detector. The second step is an approximation, since
+diffuse electrons may meet further atoms; tests compare the whole with frozen phonons.
+
+Everything is float64 and complex128: bounds on single atoms rest on differences between almost equal images. Run under
+`jax.enable_x64(True)`.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+from scipy.special import jv, k0, k1
+
+from .detector import AnnularDetector
+from .electron import interaction_parameter, wavelength
+from .gram import Modes, mode_spectra
+from .scattering import POTENTIAL_PER_SCATTERING_FACTOR, parameters
+from .specimen import Column, rms_from_debye_waller_b
+
+
+class RadialColumn(NamedTuple):
+    """What scattering by a cylinder-symmetric column needs, for `radial_gram`. Waves carry the root of their quadrature weight.
+
+    Attributes
+    ----------
+    incident : (l, p, k)
+        Laguerre-Gauss modes in the plane z = 0.
+    hankel : (l, r, k)
+        Orthogonal transform between the radial grids.
+    scattering : (r,)
+        Thermal mean of exp(i sigma V) - 1.
+    diffuse : (l, r, r)
+        What the detector records of an atom's diffuse scattering, as a quadratic form of the wave upon it.
+    detected : (k,)
+        Sensitivity.
+    propagation : (k,)
+        pi wavelength k^2 [1/Å].
+    """
+
+    incident: jax.Array
+    hankel: jax.Array
+    scattering: jax.Array
+    diffuse: jax.Array
+    detected: jax.Array
+    propagation: jax.Array
+
+
+def projected_potential(element: str, r: np.ndarray, parametrization: str = "lobato") -> np.ndarray:
+    """Potential of an atom projected along the beam [V Å] at radius r > 0 [Å].
+
+    Two-dimensional Fourier transform of `scattering_factor` in closed form; Kirkland (2010), eq. C.20, and its like for Lobato's terms.
+    """
+    r = np.asarray(r, float)[..., None]
+    if parametrization == "lobato":
+        a, b = parameters(element, "lobato")
+        x = 2 * np.pi * r / np.sqrt(b)
+        total = (2 * np.pi * a / b * (k0(x) + x / 2 * k1(x))).sum(-1)
+    else:
+        a, b, c, d = parameters(element, parametrization)
+        total = (2 * np.pi * a * k0(2 * np.pi * r * np.sqrt(b)) + np.pi * c / d * np.exp(-((np.pi * r) ** 2) / d)).sum(-1)
+    return POTENTIAL_PER_SCATTERING_FACTOR * total
+
+
+def _panels(edges, counts) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights, panel by panel."""
+    nodes, weights = [], []
+    for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True):
+        x, w = np.polynomial.legendre.leggauss(int(n))
+        nodes.append((high + low + (high - low) * x) / 2)
+        weights.append(w * (high - low) / 2)
+    return np.concatenate(nodes), np.concatenate(weights)
+
+
+def bessel(order: int, x: np.ndarray) -> np.ndarray:
+    """J_0 ... J_order of x >= 0 (order + 1, *x.shape) by downward recurrence from two values of scipy, fifty times faster than all of them.
+
+    Where the highest order underflows (x far below it) every order is scipy's.
+    """
+    out = np.empty((order + 1, *x.shape))
+    for n in range(order, max(order - 2, -1), -1):
+        out[n] = jv(n, x)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for n in range(order - 1, 0, -1):
+            out[n - 1] = 2 * n / x * out[n] - out[n + 1]
+    small = abs(out[order]) < 1e-280
+    small &= x < order
+    for n in range(order + 1):
+        out[n][small] = jv(n, x[small])
+    return out
+
+
+def prepare_radial(
+    column: Column,
+    energy: float,
+    aperture: float,
+    detector: AnnularDetector,
+    modes: Modes,
+    parametrization: str = "lobato",
+    range_of_potential: float = 4.0,
+    thermal_nodes: int = 8,
+    oversampling: float = 1.15,
+) -> RadialColumn:
+    """Grids and operators of a column, for any depths of its atoms within half its length.
+
+    Parameters
+    ----------
+    aperture : float
+        Largest incident frequency [1/Å].
+    modes : Modes
+        Incident waves, centred in the middle of the column.
+    range_of_potential : float
+        Radius [Å] beyond which an atom is neglected.
+    thermal_nodes : int
+        Gauss-Laguerre nodes of the radius of the thermal displacement.
+    oversampling : float
+        Nodes in frequency over Nyquist's number.
+    """
+    lam = float(wavelength(energy))
+    inner, outer = (float(a) * 1e-3 / lam for a in (detector.inner, detector.outer))
+    k_max = 1.3 * (outer + aperture)
+    extent = range_of_potential + lam * k_max * column.spacing * (column.n_atoms - 1)
+    per_k = 2 * extent * oversampling
+    edges = np.array([0, inner, outer, k_max])
+    k, w_k = _panels(edges, np.ceil(np.diff(edges) * per_k) + 10)
+    r_edges = np.array([0, 0.03, 0.12, 0.4, 1.2, range_of_potential])
+    r, w_r = _panels(r_edges, np.ceil(np.diff(r_edges) * 4 * k_max * oversampling) + np.array([12, 16, 16, 12, 12]))
+
+    n_p = modes.order // 2 + 1
+    incident = np.zeros((modes.order + 1, n_p, len(k)), complex)
+    for l in range(modes.order + 1):
+        at = np.flatnonzero(modes.l == l)
+        chosen = modes._replace(p=modes.p[at], l=modes.l[at])
+        incident[l, : len(at)] = mode_spectra(chosen, k, np.zeros_like(k)) * np.sqrt(2 * np.pi * k * w_k)
+
+    grid_weight = 2 * np.pi * np.sqrt(np.outer(r * w_r, k * w_k))
+    detected = (k > inner) & (k < outer)
+
+    harmonics, share = _thermal_scattering(column, energy, r, parametrization, thermal_nodes)
+    mean = np.tensordot(share, harmonics[:, 0], 1)
+    strength = (abs(harmonics) ** 2 * (r * w_r)).sum(-1).max(0)
+    n_m = int(np.flatnonzero(strength > 1e-9 * strength.max())[-1]) + 1
+    kernels = [np.einsum("s,sr,sq->rq", share, harmonics[:, m].conj(), harmonics[:, m], optimize=True) for m in range(n_m)]
+    kernels[0] = kernels[0] - np.outer(mean.conj(), mean)
+    transforms = bessel(modes.order + n_m - 1, 2 * np.pi * np.outer(r, k)) * grid_weight
+    hankel = transforms[: modes.order + 1]
+    seen = transforms[:, :, detected] @ transforms[:, :, detected].swapaxes(1, 2)
+    diffuse = np.zeros((modes.order + 1, len(r), len(r)), complex)
+    for l in range(modes.order + 1):
+        for m in range(n_m):
+            diffuse[l] += kernels[m] * (seen[l + m] + seen[abs(l - m)] if m else seen[l])
+    return RadialColumn(
+        *(jnp.asarray(a) for a in (incident, hankel, mean, diffuse, detected.astype(float), np.pi * lam * k**2))
+    )
+
+
+def _thermal_scattering(column: Column, energy: float, r: np.ndarray, parametrization: str, nodes: int, angles: int = 512):
+    """Angular harmonics (s, m, r) of exp(i sigma V) - 1 of an atom displaced by radius s, and the probability of each s (s,)."""
+    u = float(rms_from_debye_waller_b(column.debye_waller_b))
+    x, share = np.polynomial.laguerre.laggauss(nodes)
+    displacement = u * np.sqrt(2 * x)
+    alpha = 2 * np.pi * (np.arange(angles) + 0.5) / angles  # halfway, so that no point falls on the nucleus
+    sigma = float(interaction_parameter(energy))
+    harmonics = []
+    for s in displacement:
+        distance = np.sqrt(np.maximum(r[:, None] ** 2 + s**2 - 2 * r[:, None] * s * np.cos(alpha), 1e-12))
+        values = np.exp(1j * sigma * projected_potential(column.element, distance, parametrization)) - 1
+        m = np.arange(angles // 2)
+        spectrum = np.fft.fft(values, axis=1)[:, : angles // 2] / angles * np.exp(-1j * np.pi * m / angles)
+        harmonics.append(spectrum.T)
+    return np.array(harmonics), share
+
+
+def radial_gram(depths: Float[Array, " atom"], column: RadialColumn) -> Complex[Array, "l p p"]:
+    """Gram blocks of a column, as in `ColumnGram.blocks`, complex128; differentiable in the depths.
+
+    Parameters
+    ----------
+    depths : (atom,)
+        z of each atom [Å] in increasing order; z = 0 is the plane of the modes.
+    """
+    hankel = column.hankel.astype(complex)
+    flight = lambda distance: jnp.exp(-1j * column.propagation * distance)
+
+    def atom(carry, distance):
+        waves, diffuse = carry
+        waves = waves * flight(distance)
+        local = jnp.einsum("lrk,lpk->lpr", hankel, waves)
+        diffuse = diffuse + jnp.einsum("lpr,lrs,lqs->lpq", local.conj(), column.diffuse, local)
+        waves = waves + jnp.einsum("lrk,lpr->lpk", hankel, column.scattering * local)
+        return (waves, diffuse), None
+
+    distances = jnp.diff(depths, prepend=0.0)
+    start = (column.incident, jnp.zeros((*column.incident.shape[:2], column.incident.shape[1]), complex))
+    (waves, diffuse), _ = jax.lax.scan(atom, start, distances)
+    return diffuse + jnp.einsum("lpk,lqk->lpq", waves.conj() * column.detected, waves)
