@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from . import io
-from .config import METHODS, Config, check_sampling, read_config
+from .config import METHODS, Config, check_sampling, check_supported, read_config
 from .errors import InputError
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ def _use_double_precision() -> None:
 def _settings(path: Path) -> Config:
     config = read_config(path)
     check_sampling(config)
+    check_supported(config)
     return config
 
 
@@ -145,6 +146,7 @@ def crlb(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Else to the screen.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Cramér-Rao bounds on the depths of a column and its atoms."""
     with _input_errors():
@@ -152,8 +154,9 @@ def crlb(
         _check_output_file(output)
         _use_double_precision()
         from .reconstruction.bounds import column_crlb
+        from .reconstruction.pipeline import progress_bar
 
-        _hand_over(column_crlb(settings), output)
+        _hand_over(column_crlb(settings, progress_bar(quiet)), output, quiet)
 
 
 @app.command()

@@ -545,6 +545,25 @@ def read_config(path: str | Path) -> Config:
         raise InputError(f"{path}: {error}") from None
 
 
+def check_supported(config: Config) -> None:
+    """Refuse settings that are part of the config's contract but that no model here follows yet, rather than ignore them.
+
+    Raises
+    ------
+    InputError
+        Naming the setting and what to give instead.
+    """
+    detector, specimen = config.detector, config.specimen
+    if len(detector.inner) > 1:
+        raise _fail("detector.inner_mrad", list(detector.inner), "one annulus so far; give two numbers")
+    if detector.sensitivity is not None:
+        raise _fail("detector.sensitivity", detector.sensitivity, "a uniform detector so far; leave it out")
+    if any(specimen.tilt_mrad):
+        raise _fail("specimen.tilt_mrad", list(specimen.tilt_mrad), "[0, 0] so far; leave it out")
+    if config.thermal.model == "absorptive" and specimen.structure_file:
+        raise _fail("thermal.model", "absorptive", "'frozen_phonon' for a structure file; isolated columns take both")
+
+
 def check_sampling(config: Config) -> None:
     """Refuse a `potential_sampling_A` whose 2/3 band limit does not reach the detector's outer angle.
 

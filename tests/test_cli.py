@@ -1,5 +1,6 @@
 """Bad input: status 2, one message, nothing written."""
 
+import json
 import subprocess
 import sys
 
@@ -105,6 +106,50 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(inputs):
     assert ".npz" in message
     (inputs / "out").write_text("a file")
     assert "it is a file" in reconstruct(inputs)
+
+
+@pytest.mark.parametrize(
+    ("section", "word"),
+    [
+        ("[detector]\ninner_mrad = [48, 90]\nouter_mrad = [90, 180]\n", "one annulus"),
+        ("[specimen]\ntilt_mrad = [1, 0]\n", "tilt_mrad"),
+    ],
+)
+def test_settings_that_no_model_follows_are_refused_not_ignored(inputs, section, word):
+    (inputs / "config.toml").write_text(CONFIG + section)
+    assert word in reconstruct(inputs)
+
+
+def test_crlb_writes_bounds_on_column_and_atoms(inputs):
+    (inputs / "config.toml").write_text(
+        """
+[focal_series]
+defocus_start_A = -120
+defocus_stop_A = 120
+defocus_step_A = 20
+pixel_size_A = 0.3
+field_of_view_A = 6
+[specimen]
+n_atoms = 2
+[thermal]
+model = "absorptive"
+[crlb]
+nuisances = ["positions", "gain", "source_size", "focus_offset"]
+"""
+    )
+    subprocess.run(
+        [sys.executable, "-m", "depthprob.cli", "crlb", inputs / "config.toml", "-o", inputs / "b.json"],
+        check=True,
+        timeout=300,
+    )
+    bounds = json.loads((inputs / "b.json").read_text())
+    alone, others = bounds["column_depth_sd_A"], bounds["column_depth_sd_with_nuisances_A"]
+    assert abs(bounds["column_depth_sd_of_atom_model_A"] / alone - 1) < 0.02  # two ways to the same images
+    assert alone < others["gain"] < 1.2 * alone
+    assert alone <= others["source_size"]
+    assert others["focus_offset"] is None and "focus_offset" in bounds["undefined"]
+    assert bounds["configurations"] == 0
+    assert len(bounds["atom_depth_sd_A"]) == 2 and min(bounds["atom_depth_sd_A"]) > alone
 
 
 def test_design_says_that_it_is_not_yet_available(inputs):

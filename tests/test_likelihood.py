@@ -2,6 +2,7 @@
 
 from importlib import resources
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +82,26 @@ def test_score_is_the_gradient_of_the_log_likelihood(problem):
     _, score = fisher_and_score(from_vector(vector, problem), problem)
     gradient = np.asarray(jax.grad(lambda v: log_likelihood(from_vector(v, problem), problem))(vector))
     np.testing.assert_allclose(score, gradient, atol=2e-4 * abs(gradient).max())  # rates in float32
+
+
+def test_score_holds_with_focus_and_source_size_free(problem, library):
+    free = ("positions", "gain", "background", "focus_step", "source_size")
+    wide = make_problem(np.asarray(problem.counts), field(), library, SERIES, free)
+    vector = jnp.asarray(to_vector(wide.start, wide)) + 0.003
+    _, score = fisher_and_score(from_vector(vector, wide), wide)
+    gradient = np.asarray(jax.grad(lambda v: log_likelihood(from_vector(v, wide), wide))(vector))
+    np.testing.assert_allclose(score[-2:], gradient[-2:], rtol=2e-3)  # rates in float32
+
+
+def test_source_size_is_recovered(library):
+    true = 0.02  # A^2
+    mean = np.asarray(expected_counts(eqx.tree_at(lambda f: f.source_variance, field(), true), library, SERIES), float)
+    counts = np.random.default_rng(3).poisson(mean)
+    estimate = maximum(make_problem(counts, field(), library, SERIES, ("positions", "gain", "background", "source_size")))
+    found, sd = float(estimate.parameters["source_variance"]), float(estimate.sd("source_variance")[0])
+    assert estimate.converged
+    assert sd < true / 4
+    assert abs(found - true) < 4 * sd
 
 
 def test_double_dose_doubles_the_information(problem, library):

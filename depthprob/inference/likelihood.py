@@ -19,14 +19,16 @@ from ..physics.focal_series import (
     defocus_minus_depth,
     expected_counts,
     phases,
+    q_squared,
     renderer,
     to_pixels,
+    widening,
 )
 from ..physics.library import ColumnLibrary
 
 PER_COLUMN = ("depth", "x", "y")
 PER_IMAGE = ("log_gain", "log_background", "shift_x", "shift_y")
-GLOBAL = ("focus_offset", "focus_step")
+GLOBAL = ("focus_offset", "focus_step", "source_variance")
 PARAMETERS = PER_COLUMN + PER_IMAGE + GLOBAL
 DARKEST = 1e-6  # e/pixel; a mean below it is not told from it by any series, and keeps logarithms finite
 
@@ -78,6 +80,7 @@ def free_parameters(free: tuple[str, ...]) -> tuple[str, ...]:
         "image_shifts": ("shift_x", "shift_y"),
         "focus_offset": ("focus_offset",),
         "focus_step": ("focus_step",),
+        "source_size": ("source_variance",),
     }
     chosen = {"depth"} | {name for word in free for name in words[word]}
     return tuple(name for name in PARAMETERS if name in chosen)
@@ -103,6 +106,7 @@ def make_problem(
         "shift_y": shifts[:, 1] - shifts[:, 1].mean(),
         "focus_offset": np.array(float(field.focus_offset)),
         "focus_step": np.array(float(field.focus_step)),
+        "source_variance": np.array(float(field.source_variance)),
     }
     start = {k: jnp.asarray(v, float) for k, v in start.items()}
     used = np.ones(np.shape(counts), bool) if mask is None else mask
@@ -123,6 +127,7 @@ def field_of(parameters: dict, n_atoms: jax.Array) -> Field:
         image_shifts=jnp.stack([p["shift_x"], p["shift_y"]], 1),
         focus_offset=p["focus_offset"],
         focus_step=p["focus_step"],
+        source_variance=p["source_variance"],
     )
 
 
@@ -133,7 +138,7 @@ def log_likelihood(parameters: dict, problem: Problem) -> jax.Array:
     return jnp.sum(terms, dtype=float)
 
 
-PRIOR_SD = {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05}
+PRIOR_SD = {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05, "source_variance": 0.05}
 BACKGROUND_SHAPE = 4.0
 MEAN_SHIFT_SD = 1e-3  # Å; fixes the gauge
 
@@ -169,14 +174,14 @@ def _index(problem: Problem) -> list:
 
 @jax.jit
 def _image_terms(parameters: dict, problem: Problem, i: jax.Array):
-    """Derivatives of image i: by its columns (3C, pixel), its own four parameters (4, pixel), the focus (2, pixel); and its rate."""
+    """Derivatives of image i: by its columns (3C, pixel), its own four parameters (4, pixel), `GLOBAL` (3, pixel); and its rate."""
     field = field_of(parameters, problem.n_atoms)
     series, draw = problem.series, problem.draw
     z = defocus_minus_depth(field, series)[:, i]
     weights, slopes = jax.jvp(lambda z: problem.library.weights(problem.n_atoms, z), (z,), (jnp.ones_like(z),))
     along_y, along_x = phases(draw, field.positions + field.image_shifts[i])
     spot = along_y[:, :, None] * along_x[:, None, :]
-    basis = draw.basis
+    basis = draw.basis * widening(draw, field.source_variance)
     shape = lambda w: jnp.einsum("cr,rab->cab", w.astype(jnp.float32), basis) * spot
     image, by_z = shape(weights), shape(slopes)
     by_x = image * (-2j * jnp.pi * draw.qx).astype(jnp.complex64)
@@ -189,17 +194,18 @@ def _image_terms(parameters: dict, problem: Problem, i: jax.Array):
     nominal = jnp.asarray(series.defocus)
     defocus = nominal[i] - jnp.mean(nominal)
     own = jnp.stack([signal, jnp.full_like(signal, background), d_x.sum(0), d_y.sum(0)])
-    focus = jnp.stack([d_z.sum(0), d_z.sum(0) * defocus])
+    by_variance = to_pixels(draw, image.sum(0) * (-2 * jnp.pi**2 * q_squared(draw))).ravel() * gain
+    shared = jnp.stack([d_z.sum(0), d_z.sum(0) * defocus, by_variance])
     columns = jnp.concatenate([-d_z, d_x, d_y])
-    return scale * columns, scale * own, scale * focus, scale * (signal + background)
+    return scale * columns, scale * own, scale * shared, scale * (signal + background)
 
 
 @jax.jit
 def _image_sums(parameters: dict, problem: Problem, i: jax.Array):
-    columns, own, focus, rate = _image_terms(parameters, problem, i)
+    columns, own, shared, rate = _image_terms(parameters, problem, i)
     rate = jnp.maximum(rate, DARKEST).astype(float)
     used = problem.mask[i].ravel()
-    jacobian = jnp.concatenate([columns, own, focus]).astype(float) * jnp.where(used, rate**-0.5, 0.0)
+    jacobian = jnp.concatenate([columns, own, shared]).astype(float) * jnp.where(used, rate**-0.5, 0.0)
     residual = jnp.where(used, (problem.counts[i].ravel() - rate) * rate**-0.5, 0.0)
     return jacobian @ jacobian.T, jacobian @ residual
 
@@ -207,7 +213,7 @@ def _image_sums(parameters: dict, problem: Problem, i: jax.Array):
 def fisher_and_score(parameters: dict, problem: Problem, progress=lambda items, **_: items) -> tuple[np.ndarray, np.ndarray]:
     """Poisson Fisher matrix sum (dn)(dn)^T / n and score sum (N / n - 1) dn, over the free parameters, float64.
 
-    One image at a time: memory is one image's derivatives, 3 columns + 6 rows of pixels.
+    One image at a time: memory is one image's derivatives, 3 columns + 7 rows of pixels.
     """
     n_columns, n_foci = len(problem.n_atoms), len(problem.series.defocus)
     blocks = {}
@@ -278,7 +284,7 @@ def maximum(problem: Problem, progress=lambda items, **_: items, max_iterations:
         hessian = fisher + precision
         while True:
             step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), score)
-            limit = np.array([{"depth": 15.0, "log_background": 2.0}.get(n, 0.3) for n, _ in _index(problem)])
+            limit = np.array([{"depth": 15.0, "log_background": 2.0, "source_variance": 0.03}.get(n, 0.3) for n, _ in _index(problem)])
             step *= min(1.0, float(np.min(limit / np.maximum(abs(step), 1e-12))))
             trial = float(objective(jnp.asarray(vector + step)))
             if trial >= value - 1e-6 or damping > 1e6:
@@ -332,7 +338,8 @@ def _amplitude_sums(parameters: dict, problem: Problem, i: jax.Array):
     draw = problem.draw
     weights = problem.library.weights(problem.n_atoms, defocus_minus_depth(field, problem.series)[:, i])
     along_y, along_x = phases(draw, field.positions + field.image_shifts[i])
-    spectra = jnp.einsum("cr,rab->cab", weights.astype(jnp.float32), draw.basis) * (along_y[:, :, None] * along_x[:, None, :])
+    basis = draw.basis * widening(draw, field.source_variance)
+    spectra = jnp.einsum("cr,rab->cab", weights.astype(jnp.float32), basis) * (along_y[:, :, None] * along_x[:, None, :])
     scale = counts_per_fraction(problem.series)[i, 0, 0]
     columns = (to_pixels(draw, spectra).reshape(len(weights), -1) * scale * field.gain[i]).astype(float)
     rate = jnp.maximum(columns.sum(0) + scale * field.background[i], DARKEST)

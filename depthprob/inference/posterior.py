@@ -16,7 +16,7 @@ import xarray as xr
 from numpyro.infer import MCMC, NUTS
 
 from ..physics.focal_series import expected_counts
-from .likelihood import Estimate, Problem, field_of, from_vector, log_posterior, maximum, to_vector
+from .likelihood import GLOBAL, PER_COLUMN, Estimate, Problem, field_of, from_vector, log_posterior, maximum, to_vector
 
 
 class Posterior(NamedTuple):
@@ -133,7 +133,7 @@ def _svi(model, size, key, samples, chains, warmup, progress_bar):
     return z, {}, {"chains": chains, "samples": samples, "final_loss": float(result.losses[-1])}
 
 
-UNITS = {"depth": "angstrom", "x": "angstrom", "y": "angstrom", "gain": "1", "background": "fraction of the beam", "shift_x": "angstrom", "shift_y": "angstrom"}
+UNITS = {"depth": "angstrom", "x": "angstrom", "y": "angstrom", "gain": "1", "background": "fraction of the beam", "shift_x": "angstrom", "shift_y": "angstrom", "focus_offset": "angstrom", "focus_step": "1", "source_variance": "angstrom^2"}
 
 
 def to_arviz(posterior: Posterior, problem: Problem):
@@ -147,9 +147,9 @@ def to_arviz(posterior: Posterior, problem: Problem):
     groups, variables = {}, {}
     for name in dict.fromkeys(n for n, _ in names):
         values = draws[..., [i for i, (n, _) in enumerate(names) if n == name]]
-        dim = "column" if name in ("depth", "x", "y") else "image"
-        if name in ("focus_offset", "focus_step"):
-            variables[name] = (("chain", "draw"), values[..., 0])
+        dim = "column" if name in PER_COLUMN else "image"
+        if name in GLOBAL:
+            variables[name] = (("chain", "draw"), values[..., 0], {"units": UNITS[name]})
             continue
         if name.startswith("log_"):
             name, values = name[4:], np.exp(values)

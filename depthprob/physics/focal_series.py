@@ -58,6 +58,8 @@ class Field(eqx.Module):
         True minus nominal defocus [Å].
     focus_step : scalar
         True over nominal focus differences, about the mean focus.
+    source_variance : scalar
+        Variance of the source image along one axis minus that of the library [Å^2]; negative for a smaller source.
     """
 
     positions: Float[Array, "column 2"]
@@ -68,6 +70,7 @@ class Field(eqx.Module):
     image_shifts: Float[Array, "focus 2"]
     focus_offset: Float[Array, ""] | float = 0.0
     focus_step: Float[Array, ""] | float = 1.0
+    source_variance: Float[Array, ""] | float = 0.0
 
 
 class Renderer(NamedTuple):
@@ -122,6 +125,16 @@ def phases(draw: Renderer, positions: Float[Array, "n 2"]) -> tuple[Array, Array
     return wave(draw.qy, positions[:, 1]), wave(draw.qx, positions[:, 0])
 
 
+def q_squared(draw: Renderer) -> Float[Array, "qy qx"]:
+    """[1/Å^2]."""
+    return draw.qy[:, None] ** 2 + draw.qx**2
+
+
+def widening(draw: Renderer, source_variance: Float[Array, ""] | float) -> Float[Array, "qy qx"]:
+    """Factor on the spectra, exp(-2 pi^2 q^2 v), that widens the library's source image by variance v [Å^2]."""
+    return jnp.exp(-2 * jnp.pi**2 * q_squared(draw) * source_variance).astype(jnp.float32)
+
+
 def to_pixels(draw: Renderer, spectra: Array) -> Array:
     """Images (..., y, x) of Fourier coefficients (..., qy, qx), float32."""
     rows = draw.to_y @ spectra
@@ -144,7 +157,7 @@ def column_signal(field: Field, library: ColumnLibrary, series: FocalSeries, dra
     n_columns, n_foci, rank = weights.shape
     flat = weights.reshape(n_columns, -1).T  # (focus * R, column), real: two real products, not a complex one
     sums = ((flat @ spots.real) + 1j * (flat @ spots.imag)).reshape(n_foci, rank, *draw.basis.shape[1:])
-    spectra = jnp.einsum("frab,rab->fab", sums, draw.basis)
+    spectra = jnp.einsum("frab,rab->fab", sums, draw.basis) * widening(draw, field.source_variance)
     shift_y, shift_x = phases(draw, field.image_shifts)
     return to_pixels(draw, spectra * shift_y[:, :, None] * shift_x[:, None, :])
 

@@ -9,7 +9,7 @@ Everything is float64 and complex128: bounds on single atoms rest on differences
 `jax.enable_x64(True)`.
 """
 
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from scipy.special import jv, k0, k1
 
 from .detector import AnnularDetector
 from .electron import interaction_parameter, wavelength
-from .gram import Modes, mode_spectra
+from .gram import ColumnGram, Modes, default_reach, laguerre_gauss_modes, mode_spectra
 from .scattering import POTENTIAL_PER_SCATTERING_FACTOR, parameters
 from .specimen import Column, rms_from_debye_waller_b
 
@@ -200,3 +200,37 @@ def radial_gram(depths: Float[Array, " atom"], column: RadialColumn) -> Complex[
     start = (column.incident, jnp.zeros((*column.incident.shape[:2], column.incident.shape[1]), complex))
     (waves, diffuse), _ = jax.lax.scan(atom, start, distances)
     return diffuse + jnp.einsum("lpk,lqk->lpq", waves.conj() * column.detected, waves)
+
+
+def absorptive_gram(
+    column: Column,
+    energy: float,
+    convergence_angle: float,
+    detector: AnnularDetector,
+    parametrization: str = "lobato",
+    progress: Callable = lambda items, **_: items,
+) -> ColumnGram:
+    """Gram matrices of isolated columns of 1 to column.n_atoms atoms from the deterministic thermal model, one scrambling.
+
+    Seconds instead of the minutes to hours of frozen phonons, and no noise; brighter by 2 to 10 % from three to ten atoms of gold.
+    """
+    aperture = convergence_angle * 1e-3 / float(wavelength(energy))
+    reach = default_reach(column, convergence_angle)
+    with jax.enable_x64(True):
+        prepared = prepare_radial(column, energy, aperture, detector, laguerre_gauss_modes(reach, aperture), parametrization)
+        depths = (jnp.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * column.spacing
+        bars = progress(range(1, column.n_atoms + 1), desc="absorptive library", unit="atom")
+        blocks = np.stack([np.asarray(radial_gram(depths[:n], prepared)) for n in bars])
+    return ColumnGram(
+        blocks=blocks[None].astype(np.complex64),
+        element=column.element,
+        energy=float(energy),
+        spacing=float(column.spacing),
+        debye_waller_b=float(column.debye_waller_b),
+        inner=float(detector.inner),
+        outer=float(detector.outer),
+        aperture=aperture,
+        reach=float(reach),
+        configurations=0,
+        parametrization=parametrization,
+    )

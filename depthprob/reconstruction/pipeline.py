@@ -26,6 +26,7 @@ from ..physics.electron import wavelength
 from ..physics.gram import ColumnGram, default_sampling
 from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load_gram, save_gram
 from ..physics.optics import Microscope
+from ..physics.radial import absorptive_gram
 from ..physics.particle import images_from_gram, simulate_particle
 from ..physics.specimen import Column
 from .columns import central_average, find_columns, fit_columns
@@ -116,6 +117,11 @@ def detector_of(config: Config) -> AnnularDetector:
     return AnnularDetector(inner=config.detector.inner_mrad, outer=config.detector.outer_mrad)
 
 
+def progress_bar(quiet: bool):
+    """What shows how far an iteration is, with an estimate; nothing when quiet."""
+    return lambda items, **k: tqdm(items, disable=quiet, **k)
+
+
 def cache_folder() -> Path:
     """Where libraries are kept: $DEPTHPROB_CACHE, else the user's cache folder."""
     chosen = os.environ.get("DEPTHPROB_CACHE")
@@ -153,6 +159,10 @@ def gram_for(config: Config, n_max: int, progress, scramblings: int = 8, configu
     `thermal.configurations` in the config is the total, shared over the scramblings.
     """
     spacing = column_geometry(config).spacing
+    if config.thermal.model == "absorptive":
+        column = Column(config.specimen.element, n_max, spacing, config.specimen.debye_waller_b)
+        microscope = microscope_of(config)
+        return absorptive_gram(column, microscope.energy, microscope.convergence_angle, detector_of(config), config.simulation.parametrization, progress)
     for packaged in resources.files("depthprob.data").iterdir():
         if packaged.name.startswith("gram_"):
             with resources.as_file(packaged) as path:
@@ -303,7 +313,7 @@ def reconstruct(
     """
     method = method or config.inference.method
     stages = Stages(quiet)
-    progress = lambda items, **k: tqdm(items, disable=quiet, **k)
+    progress = progress_bar(quiet)
     periodic, pixel = config.focal_series.periodic, float(stack.pixel_size_A)
     defocus = np.asarray(stack.defocus_A, float)
     dose = np.broadcast_to(np.asarray(config.focal_series.dose, float), defocus.shape)
@@ -541,7 +551,7 @@ def simulate(config: Config, noise: bool = True, quiet: bool = False) -> Stack:
 
     A structure file needs an orthogonal periodic cell of one element; the image is the whole cell, z = 0 in focus at defocus 0.
     """
-    progress = lambda items, **k: tqdm(items, disable=quiet, **k)
+    progress = progress_bar(quiet)
     settings = config.focal_series
     pixel, defocus = settings.pixel_size_A, settings.defocus
     dose = np.broadcast_to(np.asarray(settings.dose, float), defocus.shape)
@@ -591,5 +601,5 @@ def _read_structure(config: Config):
 
 def build_library(config: Config, output, quiet: bool = False) -> None:
     """Build the library of the config's columns up to inference.max_atoms (else specimen.n_atoms) and write it."""
-    progress = lambda items, **k: tqdm(items, disable=quiet, **k)
+    progress = progress_bar(quiet)
     library_for(config, config.inference.max_atoms or config.specimen.n_atoms, progress).save(output)
