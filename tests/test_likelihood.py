@@ -104,6 +104,23 @@ def test_source_size_is_recovered(library):
     assert abs(found - true) < 4 * sd
 
 
+def test_read_noise_costs_what_a_known_background_of_its_variance_costs(problem, library):
+    variance = 0.5
+    noisy = make_problem(np.asarray(problem.counts), field(), library, SERIES, ("positions",), read_variance=variance)
+    lit = eqx.tree_at(lambda f: f.background, field(), field().background + variance / (9612.0 * 0.16))
+    background = make_problem(np.asarray(problem.counts), lit, library, SERIES, ("positions",))
+    np.testing.assert_allclose(column_bounds(noisy.start, noisy), column_bounds(background.start, background), rtol=1e-5)
+
+
+def test_fit_under_read_noise_stays_within_its_error_bars(library):
+    rng = np.random.default_rng(5)
+    mean = np.asarray(expected_counts(field(), library, SERIES), float)
+    counts = rng.poisson(mean) + rng.normal(0, 0.8, mean.shape)
+    estimate = maximum(make_problem(counts, field(), library, SERIES, ("positions", "gain"), read_variance=0.64))
+    pull = (np.asarray(estimate.parameters["depth"]) - field().depths) / estimate.sd("depth")
+    assert estimate.converged and np.all(abs(pull) < 4)
+
+
 def test_double_dose_doubles_the_information(problem, library):
     doubled = FocalSeries(DEFOCUS, 0.4, 2 * SERIES.dose, (30, 34), False)
     more = make_problem(np.asarray(problem.counts), field(), library, doubled)

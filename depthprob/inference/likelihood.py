@@ -34,7 +34,11 @@ DARKEST = 1e-6  # e/pixel; a mean below it is not told from it by any series, an
 
 
 class Problem(eqx.Module):
-    """A stack and the model it is compared with."""
+    """A stack and the model it is compared with.
+
+    Read noise of variance v [e^2] enters as the shifted Poisson distribution: counts + v is taken for Poisson with mean rate + v, which
+    has the right mean and variance.
+    """
 
     counts: jax.Array
     library: ColumnLibrary
@@ -43,6 +47,7 @@ class Problem(eqx.Module):
     n_atoms: jax.Array
     mask: jax.Array
     start: dict
+    read_variance: jax.Array
     free: tuple[str, ...] = eqx.field(static=True)
 
 
@@ -93,8 +98,9 @@ def make_problem(
     series: FocalSeries,
     free: tuple[str, ...] = ("positions", "background", "gain", "image_shifts"),
     mask: np.ndarray | None = None,
+    read_variance: float = 0.0,
 ) -> Problem:
-    """Gather a stack (F, ny, nx) [e/pixel], a starting field and what is free; masked pixels (False) are not used."""
+    """Gather a stack (F, ny, nx) [e/pixel], a starting field, what is free and the variance of read noise [e^2]; masked pixels (False) are not used."""
     shifts = np.asarray(field.image_shifts, float)
     start = {
         "depth": field.depths,
@@ -111,7 +117,8 @@ def make_problem(
     start = {k: jnp.asarray(v, float) for k, v in start.items()}
     used = np.ones(np.shape(counts), bool) if mask is None else mask
     return Problem(
-        jnp.asarray(counts, jnp.float32), library, series, renderer(library, series), jnp.asarray(field.n_atoms), jnp.asarray(used), start, free_parameters(free)
+        jnp.asarray(counts, jnp.float32), library, series, renderer(library, series), jnp.asarray(field.n_atoms), jnp.asarray(used), start,
+        jnp.asarray(float(read_variance)), free_parameters(free),
     )
 
 
@@ -131,10 +138,15 @@ def field_of(parameters: dict, n_atoms: jax.Array) -> Field:
     )
 
 
+def _shifted_counts(problem: Problem) -> jax.Array:
+    return jnp.maximum(problem.counts + problem.read_variance.astype(problem.counts.dtype), 0.0)
+
+
 def log_likelihood(parameters: dict, problem: Problem) -> jax.Array:
     """Poisson log-likelihood, without the term that depends on the counts alone; rates in float32, the sum in float64 under x64."""
     rate = jnp.maximum(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw), DARKEST)
-    terms = jnp.where(problem.mask, problem.counts * jnp.log(rate) - rate, 0.0)
+    rate, counts = rate + problem.read_variance.astype(rate.dtype), _shifted_counts(problem)
+    terms = jnp.where(problem.mask, counts * jnp.log(rate) - rate, 0.0)
     return jnp.sum(terms, dtype=float)
 
 
@@ -203,10 +215,10 @@ def _image_terms(parameters: dict, problem: Problem, i: jax.Array):
 @jax.jit
 def _image_sums(parameters: dict, problem: Problem, i: jax.Array):
     columns, own, shared, rate = _image_terms(parameters, problem, i)
-    rate = jnp.maximum(rate, DARKEST).astype(float)
+    rate = jnp.maximum(rate, DARKEST).astype(float) + problem.read_variance
     used = problem.mask[i].ravel()
     jacobian = jnp.concatenate([columns, own, shared]).astype(float) * jnp.where(used, rate**-0.5, 0.0)
-    residual = jnp.where(used, (problem.counts[i].ravel() - rate) * rate**-0.5, 0.0)
+    residual = jnp.where(used, (_shifted_counts(problem)[i].ravel() - rate) * rate**-0.5, 0.0)
     return jacobian @ jacobian.T, jacobian @ residual
 
 
@@ -343,7 +355,7 @@ def _amplitude_sums(parameters: dict, problem: Problem, i: jax.Array):
     scale = counts_per_fraction(problem.series)[i, 0, 0]
     columns = (to_pixels(draw, spectra).reshape(len(weights), -1) * scale * field.gain[i]).astype(float)
     rate = jnp.maximum(columns.sum(0) + scale * field.background[i], DARKEST)
-    root = jnp.where(problem.mask[i].ravel(), rate**-0.5, 0.0)
+    root = jnp.where(problem.mask[i].ravel(), (rate + problem.read_variance) ** -0.5, 0.0)
     rows = columns * root
     constant = scale * root
     constant = constant / jnp.linalg.norm(constant)
@@ -360,7 +372,8 @@ def goodness_of_fit(parameters: dict, problem: Problem, radius: float = 1.2) -> 
     its rate rather than those of chi-square.
     """
     rate = np.maximum(np.asarray(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw), float), DARKEST)
-    counts, used = np.asarray(problem.counts, float), np.asarray(problem.mask)
+    rate = rate + float(problem.read_variance)
+    counts, used = np.asarray(_shifted_counts(problem), float), np.asarray(problem.mask)
     with np.errstate(divide="ignore", invalid="ignore"):
         deviance = 2 * (np.where(counts > 0, counts * np.log(counts / rate), 0.0) - counts + rate)
     grid = np.geomspace(DARKEST, max(rate.max(), 1.0) * 1.01, 200)

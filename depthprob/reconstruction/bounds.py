@@ -10,7 +10,7 @@ from ..inference.likelihood import column_bounds, make_problem
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import library_from_gram
 from ..physics.specimen import Column
-from .pipeline import GAUGE, column_geometry, detector_of, gram_for, microscope_of, z_range_of
+from .pipeline import GAUGE, column_geometry, detector_of, gram_for, microscope_of, read_variance_of, z_range_of
 
 ATOM_MODEL = (
     "deterministic: mean transmission of each atom, and diffuse scattering straight to the detector; no Monte-Carlo error, hence a standard "
@@ -39,7 +39,7 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     field = Field(np.array([[centre, centre]]), np.array([n]), np.zeros(1), zero + 1e-7, zero + 1, np.zeros((len(defocus), 2)))
 
     def bound(free):
-        problem = make_problem(np.zeros((len(defocus), *shape)), field, library, series, free)
+        problem = make_problem(np.zeros((len(defocus), *shape)), field, library, series, free, read_variance=read_variance_of(config))
         return float(column_bounds(problem.start, problem)[0])
 
     sets = [(name,) for name in config.crlb.nuisances] + [config.crlb.nuisances]

@@ -117,6 +117,11 @@ def detector_of(config: Config) -> AnnularDetector:
     return AnnularDetector(inner=config.detector.inner_mrad, outer=config.detector.outer_mrad)
 
 
+def read_variance_of(config: Config) -> float:
+    """Variance of the read noise [e^2]; the config gives its sd in raw values."""
+    return (config.detector.read_noise / config.detector.gain) ** 2
+
+
 def progress_bar(quiet: bool):
     """What shows how far an iteration is, with an estimate; nothing when quiet."""
     return lambda items, **k: tqdm(items, disable=quiet, **k)
@@ -364,7 +369,7 @@ def reconstruct(
         image_shifts=drift * pixel,
     )
     for _ in range(5):
-        problem = make_problem(stack.data, field, library, series, config.inference.free, mask)
+        problem = make_problem(stack.data, field, library, series, config.inference.free, mask, read_variance_of(config))
         estimate = maximum(problem, progress)
         amplitude, amplitude_sd = column_amplitudes(estimate.parameters, problem)
         n_now = np.asarray(problem.n_atoms)
