@@ -134,6 +134,7 @@ n_atoms = 2
 [thermal]
 model = "absorptive"
 [crlb]
+max_atoms = 3
 nuisances = ["positions", "gain", "source_size", "focus_offset"]
 """
     )
@@ -145,6 +146,8 @@ nuisances = ["positions", "gain", "source_size", "focus_offset"]
     bounds = json.loads((inputs / "b.json").read_text())
     alone, others = bounds["column_depth_sd_A"], bounds["column_depth_sd_with_nuisances_A"]
     assert abs(bounds["column_depth_sd_of_atom_model_A"] / alone - 1) < 0.02  # two ways to the same images
+    curve = bounds["column_depth_sd_by_n_atoms_A"]
+    assert curve[1] == alone and curve[0] > curve[1] > curve[2]  # more atoms, more counts
     assert alone < others["gain"] < 1.2 * alone
     assert alone <= others["source_size"]
     assert others["focus_offset"] is None and "focus_offset" in bounds["undefined"]

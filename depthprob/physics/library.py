@@ -7,6 +7,7 @@ laterally, so one set of some fifteen images serves all atom numbers and all dep
 import dataclasses
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -152,31 +153,33 @@ def column_images(
     flat = jnp.asarray(np.flatnonzero(inside))
     chi = jnp.asarray(aberration_phase(microscope, kx[inside], ky[inside], 0.0))
     k2 = jnp.asarray(radius[inside] ** 2)
-    groups = [np.flatnonzero(modes.l == s * l) for l in range(modes.order + 1) for s in ((1, -1) if l else (1,))]
     grams = jnp.asarray(grams, jnp.complex64)
     s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
     source_factor = jnp.asarray(np.exp(-2 * (np.pi * s * radius) ** 2), jnp.float32)
 
-    @jax.jit
-    def images(crossover):
-        a = spectra * jnp.exp(-1j * (chi - jnp.pi * lam * k2 * crossover)).astype(jnp.complex64)
-        waves = jnp.zeros((len(modes.p), size * size), jnp.complex64).at[:, flat].set(a)
-        waves = jnp.fft.fft2(waves.reshape(-1, size, size)).reshape(len(modes.p), -1)
-        total = jnp.zeros((len(grams), size * size), jnp.float32)
-        for g in groups:
-            n = len(g)
-            block = grams[:, abs(modes.l[g[0]]), :n, :n].reshape(-1, n)
-            seen = (block @ waves[g]).reshape(len(grams), n, -1)
-            total = total + jnp.sum(waves[g].real * seen.real + waves[g].imag * seen.imag, 1)
-        return jnp.fft.ifft2(jnp.fft.fft2(total.reshape(-1, size, size)) * source_factor).real
-
     spread = float(microscope.focal_spread)
     nodes, weights = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
+    a_at = lambda crossover: spectra * jnp.exp(-1j * (chi - jnp.pi * lam * k2 * crossover)).astype(jnp.complex64)
     out = np.zeros((len(grams), len(plane), size, size), np.float32)
     for i, z in enumerate(plane):
         for node, weight in zip(nodes, weights / weights.sum()):
-            out[:, i] += weight * np.asarray(images(float(z + spread * node)))
+            out[:, i] += weight * np.asarray(_images(grams, a_at(z + spread * node), flat, source_factor, tuple(modes.l.tolist()), size))
     return out
+
+
+@partial(jax.jit, static_argnames=("l", "size"))
+def _images(grams, spectra, flat, source_factor, l: tuple[int, ...], size: int):
+    """One plane of `column_images`: probe spectra (mode, inside) at pixels `flat` to images (gram, y, x)."""
+    waves = jnp.zeros((len(l), size * size), jnp.complex64).at[:, flat].set(spectra)
+    waves = jnp.fft.fft2(waves.reshape(-1, size, size)).reshape(len(l), -1)
+    total = jnp.zeros((len(grams), size * size), jnp.float32)
+    for value in dict.fromkeys(l):
+        g = np.flatnonzero(np.array(l) == value)
+        n = len(g)
+        block = grams[:, abs(value), :n, :n].reshape(-1, n)
+        seen = (block @ waves[g]).reshape(len(grams), n, -1)
+        total = total + jnp.sum(waves[g].real * seen.real + waves[g].imag * seen.imag, 1)
+    return jnp.fft.ifft2(jnp.fft.fft2(total.reshape(-1, size, size)) * source_factor).real
 
 
 def library_from_gram(

@@ -8,9 +8,8 @@ from ..config import Config
 from ..inference.fisher import atom_information
 from ..inference.likelihood import column_bounds, make_problem
 from ..physics.focal_series import Field, FocalSeries
-from ..physics.library import library_from_gram
 from ..physics.specimen import Column
-from .pipeline import GAUGE, column_geometry, detector_of, gram_for, microscope_of, read_variance_of, z_range_of
+from .pipeline import GAUGE, column_geometry, detector_of, gram_for, library_for, microscope_of, read_variance_of
 
 ATOM_MODEL = (
     "deterministic: mean transmission of each atom, and diffuse scattering straight to the detector; no Monte-Carlo error, hence a standard "
@@ -26,8 +25,10 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     """
     n = config.specimen.n_atoms
     microscope, settings = microscope_of(config), config.focal_series
-    gram = gram_for(config, n, progress)
-    library = library_from_gram(gram, microscope, z_range_of(config))
+    largest = max(n, config.crlb.max_atoms or n)
+    library = library_for(config, largest, progress)
+    absorptive = config.thermal.model == "absorptive"
+    gram = None if absorptive else gram_for(config, largest, progress)
     pixels = int(round(settings.field_of_view_A / settings.pixel_size_A))
     shape = (pixels + 1 - pixels % 2,) * 2
     defocus = settings.defocus
@@ -36,10 +37,10 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     column = Column(config.specimen.element, n, column_geometry(config).spacing, config.specimen.debye_waller_b)
     centre = (shape[0] - 1) / 2 * settings.pixel_size_A
     zero = np.zeros(len(defocus))
-    field = Field(np.array([[centre, centre]]), np.array([n]), np.zeros(1), zero + 1e-7, zero + 1, np.zeros((len(defocus), 2)))
+    field_of_n = lambda n: Field(np.array([[centre, centre]]), np.array([n]), np.zeros(1), zero + 1e-7, zero + 1, np.zeros((len(defocus), 2)))
 
-    def bound(free):
-        problem = make_problem(np.zeros((len(defocus), *shape)), field, library, series, free, read_variance=read_variance_of(config))
+    def bound(free, n=n):
+        problem = make_problem(np.zeros((len(defocus), *shape)), field_of_n(n), library, series, free, read_variance=read_variance_of(config))
         return float(column_bounds(problem.start, problem)[0])
 
     sets = [(name,) for name in config.crlb.nuisances] + [config.crlb.nuisances]
@@ -48,7 +49,7 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
         "column_depth_sd_A": bound(()),
         "column_depth_sd_with_nuisances_A": {"+".join(s): None if undefined in s else bound(s) for s in dict.fromkeys(sets) if s},
         "undefined": "an isolated column's depth and a free focus offset cannot be told apart: bounds with focus_offset are null",
-        "configurations": gram.configurations * gram.blocks.shape[0],
+        "configurations": 0 if gram is None else gram.configurations * gram.blocks.shape[0],
         "field_of_view_A": settings.field_of_view_A,
         "dose_e_per_A2": float(dose.mean()),
         "n_atoms": n,
@@ -57,6 +58,9 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
         "atom_depth_sd_A": None,
         "atom_depth_sd_standard_error_A": None,
     }
+    if config.crlb.max_atoms:
+        numbers = range(1, config.crlb.max_atoms + 1)
+        result["column_depth_sd_by_n_atoms_A"] = [bound((), m) for m in progress(numbers, desc="bounds", unit="column")]
     if config.crlb.atoms:
         atoms = atom_information(column, microscope, detector_of(config), series, config.simulation.parametrization, progress)
         finite = [float(sd) if np.isfinite(sd) else None for sd in atoms.atom_sd]

@@ -575,7 +575,7 @@ def simulate(config: Config, noise: bool = True, quiet: bool = False) -> Stack:
         fraction = images_from_gram(weight * halves[0] + (1 - weight) * halves[1], waves, cell, microscope, defocus, shape)
     else:
         n = config.specimen.n_atoms
-        library = library_from_gram(gram_for(config, n, progress), microscope, z_range_of(config))
+        library = library_for(config, n, progress)
         half = config.focal_series.field_of_view_A / 2
         along = np.arange(-half, half + pixel / 2, pixel)
         fraction = library.series(n, defocus, along, along)
