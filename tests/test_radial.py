@@ -9,7 +9,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.special import j0, jv
 
-from depthprob.inference.fisher import AtomInformation, atom_information, poisson_fisher
+from depthprob.inference.fisher import AtomInformation, _information, atom_information, poisson_fisher
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.focal_series import FocalSeries
 from depthprob.physics.library import column_images, load_gram
@@ -57,31 +57,32 @@ def series_of(gram, phonons, foci):
     return column_images(np.asarray(gram)[None], phonons.modes, MICROSCOPE, foci, 24.0, 120)[0]
 
 
-@pytest.fixture(scope="module")
-def one_atom(phonons):
-    with jax.enable_x64(True):
-        return prepare_radial(Column("Au", 1, 4.08, 0.63), 3e5, phonons.aperture, DETECTOR, phonons.modes)
-
-
-def test_one_atom_agrees_with_frozen_phonons(phonons, one_atom):
-    # for one atom the model is exact; 512 configurations leave 0.3 %
-    foci = np.array([-100.0, 0.0, 60.0])
-    ours = series_of(radial_gram(jnp.zeros(1), one_atom), phonons, foci)
-    theirs = series_of(phonons.blocks.mean(0)[0], phonons, foci + phonons.centre_of_mass[0])
-    assert abs(ours - theirs).max() < 0.006 * theirs.max()
+def radial_column(phonons, n):
+    return prepare_radial(Column("Au", n, 4.08, 0.63), 3e5, phonons.aperture, DETECTOR, phonons.modes)
 
 
 @pytest.fixture(scope="module")
 def three_atoms(phonons):
     with jax.enable_x64(True):
-        return prepare_radial(Column("Au", 3, 4.08, 0.63), 3e5, phonons.aperture, DETECTOR, phonons.modes)
+        return radial_column(phonons, 3)
+
+
+def both_series(phonons, column, n):
+    foci = np.array([-100.0, 0.0, 60.0])
+    depths = (jnp.arange(n) - (n - 1) / 2) * 4.08
+    ours = series_of(radial_gram(depths, column), phonons, foci)
+    return ours, series_of(phonons.blocks.mean(0)[n - 1], phonons, foci + phonons.centre_of_mass[n - 1])
+
+
+def test_one_atom_agrees_with_frozen_phonons(phonons):
+    # for one atom the model is exact; 512 configurations leave 0.3 %
+    ours, theirs = both_series(phonons, radial_column(phonons, 1), 1)
+    assert abs(ours - theirs).max() < 0.006 * theirs.max()
 
 
 def test_three_atoms_within_the_stated_error(phonons, three_atoms):
     # diffuse electrons that meet a second atom are the difference
-    foci = np.array([-100.0, 0.0, 60.0])
-    ours = series_of(radial_gram(jnp.array([-4.08, 0, 4.08]), three_atoms), phonons, foci)
-    theirs = series_of(phonons.blocks.mean(0)[2], phonons, foci + phonons.centre_of_mass[2])
+    ours, theirs = both_series(phonons, three_atoms, 3)
     assert 0.02 < ours.max() / theirs.max() - 1 < 0.09
 
 
@@ -114,6 +115,13 @@ def test_bound_halves_when_dose_is_fourfold_and_moves_as_a_column():
 def test_bounds_need_double_precision():
     with jax.enable_x64(False), pytest.raises(ValueError, match="enable_x64"):
         atom_information(Column("Au", 2, 4.08, 0.63), MICROSCOPE, DETECTOR, FocalSeries(np.zeros(1), 0.2, 1.0, (3, 3)))
+
+
+def test_an_unknown_direction_leaves_the_atoms_it_does_not_move_bounded():
+    # atoms 1 and 2 enter only through their difference, atom 3 alone
+    found = _information(np.array([[1.0, -1, 0], [-1, 1, 0], [0, 0, 4]]))
+    assert np.isinf(found.atom_sd[:2]).all()
+    np.testing.assert_allclose(found.atom_sd[2], 0.5)
 
 
 def test_unknown_directions_are_named():

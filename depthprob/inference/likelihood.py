@@ -37,7 +37,7 @@ class Problem(eqx.Module):
     """A stack and the model it is compared with.
 
     Read noise of variance v [e^2] enters as the shifted Poisson distribution: counts + v is taken for Poisson with mean rate + v, which
-    has the right mean and variance.
+    has the right mean and variance. Counts may then be negative; the score is linear in them, so none is clipped, which would bias it.
     """
 
     counts: jax.Array
@@ -138,15 +138,11 @@ def field_of(parameters: dict, n_atoms: jax.Array) -> Field:
     )
 
 
-def _shifted_counts(problem: Problem) -> jax.Array:
-    return jnp.maximum(problem.counts + problem.read_variance.astype(problem.counts.dtype), 0.0)
-
-
 def log_likelihood(parameters: dict, problem: Problem) -> jax.Array:
     """Poisson log-likelihood, without the term that depends on the counts alone; rates in float32, the sum in float64 under x64."""
     rate = jnp.maximum(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw), DARKEST)
-    rate, counts = rate + problem.read_variance.astype(rate.dtype), _shifted_counts(problem)
-    terms = jnp.where(problem.mask, counts * jnp.log(rate) - rate, 0.0)
+    v = problem.read_variance.astype(rate.dtype)
+    terms = jnp.where(problem.mask, (problem.counts + v) * jnp.log(rate + v) - rate, 0.0)
     return jnp.sum(terms, dtype=float)
 
 
@@ -215,10 +211,10 @@ def _image_terms(parameters: dict, problem: Problem, i: jax.Array):
 @jax.jit
 def _image_sums(parameters: dict, problem: Problem, i: jax.Array):
     columns, own, shared, rate = _image_terms(parameters, problem, i)
-    rate = jnp.maximum(rate, DARKEST).astype(float) + problem.read_variance
-    used = problem.mask[i].ravel()
-    jacobian = jnp.concatenate([columns, own, shared]).astype(float) * jnp.where(used, rate**-0.5, 0.0)
-    residual = jnp.where(used, (_shifted_counts(problem)[i].ravel() - rate) * rate**-0.5, 0.0)
+    rate = jnp.maximum(rate, DARKEST).astype(float)
+    root = jnp.where(problem.mask[i].ravel(), (rate + problem.read_variance) ** -0.5, 0.0)
+    jacobian = jnp.concatenate([columns, own, shared]).astype(float) * root
+    residual = (problem.counts[i].ravel() - rate) * root
     return jacobian @ jacobian.T, jacobian @ residual
 
 
@@ -366,20 +362,15 @@ def _amplitude_sums(parameters: dict, problem: Problem, i: jax.Array):
 
 
 def goodness_of_fit(parameters: dict, problem: Problem, radius: float = 1.2) -> np.ndarray:
-    """Poisson deviance near each column in all images, standardised by its own null mean and variance (C,): about N(0, 1).
+    """Misfit near each column in all images, standardised by its own null mean and variance (C,): about N(0, 1).
 
-    Counts are far below one in many pixels, so mean and variance of each pixel's deviance are sums over the Poisson distribution of
-    its rate rather than those of chi-square.
+    Poisson deviance; counts are far below one in many pixels, so mean and variance of each pixel's deviance are sums over the Poisson
+    distribution of its rate rather than those of chi-square. With read noise Pearson's statistic, whose moments are exact.
     """
     rate = np.maximum(np.asarray(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw), float), DARKEST)
-    rate = rate + float(problem.read_variance)
-    counts, used = np.asarray(_shifted_counts(problem), float), np.asarray(problem.mask)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        deviance = 2 * (np.where(counts > 0, counts * np.log(counts / rate), 0.0) - counts + rate)
-    grid = np.geomspace(DARKEST, max(rate.max(), 1.0) * 1.01, 200)
-    mean, variance = np.array([_null_deviance(r) for r in grid]).T
-    excess = deviance - np.interp(np.log(rate), np.log(grid), mean)
-    spread = np.interp(np.log(rate), np.log(grid), variance)
+    counts, used = np.asarray(problem.counts, float), np.asarray(problem.mask)
+    variance = float(problem.read_variance)
+    excess, spread = _pearson(counts, rate, variance) if variance else _deviance(counts, rate)
     ny, nx = problem.series.shape
     px = problem.series.pixel_size
     yy, xx = np.arange(ny)[:, None] * px, np.arange(nx) * px
@@ -396,6 +387,21 @@ def goodness_of_fit(parameters: dict, problem: Problem, radius: float = 1.2) -> 
             var += spread[i][near].sum()
         out[c] = total / np.sqrt(var) if var else np.nan
     return out
+
+
+def _deviance(counts: np.ndarray, rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Poisson deviance of each pixel minus its mean, and its variance."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        deviance = 2 * (np.where(counts > 0, counts * np.log(counts / rate), 0.0) - counts + rate)
+    grid = np.geomspace(DARKEST, max(rate.max(), 1.0) * 1.01, 200)
+    mean, variance = np.array([_null_deviance(r) for r in grid]).T
+    return deviance - np.interp(np.log(rate), np.log(grid), mean), np.interp(np.log(rate), np.log(grid), variance)
+
+
+def _pearson(counts: np.ndarray, rate: np.ndarray, read_variance: float) -> tuple[np.ndarray, np.ndarray]:
+    """(N - n)^2 / (n + v) of each pixel minus its mean of one, and its variance 2 + n / (n + v)^2, for Poisson counts plus normal noise."""
+    total = rate + read_variance
+    return (counts - rate) ** 2 / total - 1, 2 + rate / total**2
 
 
 def _null_deviance(rate: float) -> tuple[float, float]:

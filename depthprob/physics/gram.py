@@ -99,6 +99,23 @@ class ColumnGram(eqx.Module):
     configurations: int = eqx.field(static=True)
     parametrization: str = eqx.field(static=True)
 
+    @classmethod
+    def of(cls, blocks, column: Column, energy, aperture, detector: AnnularDetector, reach, configurations: int, parametrization: str) -> "ColumnGram":
+        """From blocks of any precision, kept as complex64, and what they were built for."""
+        return cls(
+            blocks=np.asarray(blocks, np.complex64),
+            element=column.element,
+            energy=float(energy),
+            spacing=float(column.spacing),
+            debye_waller_b=float(column.debye_waller_b),
+            inner=float(detector.inner),
+            outer=float(detector.outer),
+            aperture=float(aperture),
+            reach=float(reach),
+            configurations=configurations,
+            parametrization=parametrization,
+        )
+
     @property
     def n_max(self) -> int:
         return self.blocks.shape[1]

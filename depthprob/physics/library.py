@@ -101,11 +101,7 @@ class ColumnLibrary(eqx.Module):
 
     def series(self, n: int, z: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Images (Z, Y, X) of the column of n atoms at z = defocus - depth, at pixels x, y [Å] from the column; exact, by Fourier sum."""
-        m_y, m_x = self.images.shape[1:]
-        qy, qx = np.fft.fftfreq(m_y, self.pixel), np.fft.fftfreq(m_x, self.pixel)
-        spectra = np.fft.fft2(np.asarray(self.images)) / (m_y * m_x)
-        ey, ex = np.exp(2j * np.pi * np.outer(y, qy)), np.exp(2j * np.pi * np.outer(qx, x))
-        basis = np.einsum("ya,rab,bx->ryx", ey, spectra, ex, optimize=True).real
+        basis = at_points(np.asarray(self.images), self.pixel, x, y)
         z = np.atleast_1d(np.asarray(z, float))
         weights = np.asarray(self.weights(jnp.array([n]), jnp.asarray(z)[None])[0])
         return np.tensordot(weights, basis, 1)
@@ -120,10 +116,19 @@ class ColumnLibrary(eqx.Module):
         return _load(path, cls)
 
 
+def at_points(images: Float[np.ndarray, "image v u"], pixel: float, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "image y x"]:
+    """Periodic images with the origin at pixel (0, 0), at points x, y [Å]; exact, by Fourier sum."""
+    n_y, n_x = images.shape[1:]
+    qy, qx = np.fft.fftfreq(n_y, pixel), np.fft.fftfreq(n_x, pixel)
+    spectra = np.fft.fft2(images) / (n_y * n_x)
+    ey, ex = np.exp(2j * np.pi * np.outer(y, qy)), np.exp(2j * np.pi * np.outer(qx, x))
+    return np.einsum("ya,rab,bx->ryx", ey, spectra, ex, optimize=True).real
+
+
 def column_images(
     grams: np.ndarray, modes: Modes, microscope: Microscope, plane: np.ndarray, cell: float, size: int
 ) -> Float[np.ndarray, "gram z y x"]:
-    """Fraction of the beam for each Gram matrix with the probe's crossover in each plane, on a periodic cell (float32).
+    """Fraction of the beam for each Gram matrix with the probe's crossover in each plane, on a periodic cell, in the precision of `grams`.
 
     Parameters
     ----------
@@ -141,6 +146,9 @@ def column_images(
     I(R) = sum A*_pl(R) G^l_pp' A_p'l(R), A_pl(R) = sum_k a(k) chi*_pl(k) exp(-2 pi i k.R): a^H G a with all k once.
     Source size multiplies the spectrum by exp(-2 pi^2 s^2 q^2); focal spread averages over defocus (Gauss-Hermite).
     """
+    kind = jnp.promote_types(jnp.asarray(grams).dtype, jnp.complex64)
+    real = jnp.finfo(kind).dtype
+    grams = jnp.asarray(grams, kind)
     lam = float(wavelength(microscope.energy))
     aperture = float(microscope.convergence_angle) * 1e-3 / lam
     k = np.fft.fftfreq(size, cell / size)
@@ -149,18 +157,17 @@ def column_images(
     rim = np.clip((aperture - radius) * cell + 0.5, 0, 1)
     inside = rim > 0
     amplitude = rim[inside] / np.sqrt((rim**2).sum()) / cell
-    spectra = jnp.asarray(mode_spectra(modes, kx[inside], ky[inside]).conj() * amplitude * modes.taper[:, None], jnp.complex64)
+    spectra = jnp.asarray(mode_spectra(modes, kx[inside], ky[inside]).conj() * amplitude * modes.taper[:, None], kind)
     flat = jnp.asarray(np.flatnonzero(inside))
     chi = jnp.asarray(aberration_phase(microscope, kx[inside], ky[inside], 0.0))
     k2 = jnp.asarray(radius[inside] ** 2)
-    grams = jnp.asarray(grams, jnp.complex64)
     s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
-    source_factor = jnp.asarray(np.exp(-2 * (np.pi * s * radius) ** 2), jnp.float32)
+    source_factor = jnp.asarray(np.exp(-2 * (np.pi * s * radius) ** 2), real)
 
     spread = float(microscope.focal_spread)
     nodes, weights = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
-    a_at = lambda crossover: spectra * jnp.exp(-1j * (chi - jnp.pi * lam * k2 * crossover)).astype(jnp.complex64)
-    out = np.zeros((len(grams), len(plane), size, size), np.float32)
+    a_at = lambda crossover: spectra * jnp.exp(-1j * (chi - jnp.pi * lam * k2 * crossover)).astype(kind)
+    out = np.zeros((len(grams), len(plane), size, size), real)
     for i, z in enumerate(plane):
         for node, weight in zip(nodes, weights / weights.sum()):
             out[:, i] += weight * np.asarray(_images(grams, a_at(z + spread * node), flat, source_factor, tuple(modes.l.tolist()), size))
@@ -170,9 +177,9 @@ def column_images(
 @partial(jax.jit, static_argnames=("l", "size"))
 def _images(grams, spectra, flat, source_factor, l: tuple[int, ...], size: int):
     """One plane of `column_images`: probe spectra (mode, inside) at pixels `flat` to images (gram, y, x)."""
-    waves = jnp.zeros((len(l), size * size), jnp.complex64).at[:, flat].set(spectra)
+    waves = jnp.zeros((len(l), size * size), spectra.dtype).at[:, flat].set(spectra)
     waves = jnp.fft.fft2(waves.reshape(-1, size, size)).reshape(len(l), -1)
-    total = jnp.zeros((len(grams), size * size), jnp.float32)
+    total = jnp.zeros((len(grams), size * size), source_factor.dtype)
     for value in dict.fromkeys(l):
         g = np.flatnonzero(np.array(l) == value)
         n = len(g)
@@ -365,19 +372,7 @@ def build_gram(
             sums[1, s] += (np.asarray(one(u, accurate)) - blocks) / corrections
         if checkpoint and (i % 8 == 7 or i + 1 == len(order)):
             _atomic_npz(checkpoint, sums=sums, done=i + 1, settings=settings)
-    return ColumnGram(
-        blocks=sums.sum(0).astype(np.complex64),
-        element=column.element,
-        energy=float(energy),
-        spacing=float(column.spacing),
-        debye_waller_b=float(column.debye_waller_b),
-        inner=float(detector.inner),
-        outer=float(detector.outer),
-        aperture=aperture,
-        reach=float(reach),
-        configurations=configurations,
-        parametrization=parametrization,
-    )
+    return ColumnGram.of(sums.sum(0), column, energy, aperture, detector, reach, configurations, parametrization)
 
 
 def _traced(sweep: Sweep) -> Sweep:
