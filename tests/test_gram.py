@@ -8,7 +8,7 @@ import pytest
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
 from depthprob.physics.gram import ColumnGram, default_reach, laguerre_gauss_modes, mode_spectra, prepare_sweep, sweep_column
-from depthprob.physics.library import build_gram, column_images, library_from_gram, load_gram, save_gram
+from depthprob.physics.library import build_gram, column_images, library_from_gram, load_gram, plane_wave_images, save_gram
 from depthprob.physics.multislice import multislice, transmission
 from depthprob.physics.optics import Microscope
 from depthprob.physics.specimen import Column
@@ -53,7 +53,7 @@ def test_gram_gives_the_signal_of_every_probe_and_focus(still_column):
     size = 80
     for n in (1, 3):
         plane = defocus + still_column.centre_of_mass[n - 1]
-        images = column_images(still_column.blocks[0], still_column.modes, MICROSCOPE, plane, CELL, size)
+        images = plane_wave_images(still_column.blocks[0], still_column.modes, MICROSCOPE, plane, CELL, size)
         peak = float(images[n - 1].max())
         for i, f in enumerate(defocus):
             for y, x in ((0, 0), (2, 3), (0, 12), (20, 20)):
@@ -84,7 +84,7 @@ def test_library_reproduces_its_own_images_and_their_depth_rule(still_column):
 
 def test_cross_section_does_not_depend_on_defocus(still_column):
     # incoherent scattering of a thin column: what the beam puts on it is conserved
-    images = column_images(still_column.blocks[0], still_column.modes, MICROSCOPE, np.array([0.0, 80.0]), CELL, 80)
+    images = plane_wave_images(still_column.blocks[0], still_column.modes, MICROSCOPE, np.array([0.0, 80.0]), CELL, 80)
     total = images[0].sum((-2, -1))
     assert total[1] == pytest.approx(total[0], rel=5e-3)
 
@@ -118,3 +118,24 @@ def test_gradient_by_atom_position_is_exact():
     difference = (signal(3.7) - signal(3.5)) / 0.2
     assert derivative != 0
     assert float(derivative) == pytest.approx(float(difference), rel=0.02)
+
+
+def test_radial_images_are_the_limit_of_plane_waves_on_large_cells(still_column):
+    """A cell's waves blur the aperture's edge by 1 / cell, and brighten the probe by a third of that over its radius."""
+    n = 2
+    plane = np.array([-60.0, 0.0, 45.0]) + still_column.centre_of_mass[n - 1]
+    errors = []
+    for cell in (16.0, 32.0, 64.0):
+        size = int(cell * 5)
+        radial, waves = (f(still_column.blocks[0, n - 1 : n], still_column.modes, MICROSCOPE, plane, cell, size)[0] for f in (column_images, plane_wave_images))
+        excess = waves[:, 0, 0] / radial[:, 0, 0] - 1
+        errors.append(abs(excess).max())
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.012
+    np.testing.assert_allclose(errors[1] / errors[2], 2.0, rtol=0.25)
+
+
+def test_aberrations_that_are_not_round_go_by_plane_waves(still_column):
+    lens = Microscope(energy=3e5, convergence_angle=20.0, aberrations={"C12_A": 30.0, "phi12_deg": 0.0})
+    images = column_images(still_column.blocks[0, :1], still_column.modes, lens, np.array([80.0]), 16.0, 80)[0, 0]
+    assert abs(images - images.T).max() > 0.05 * images.max()

@@ -14,7 +14,8 @@ from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.focal_series import FocalSeries
 from depthprob.physics.library import column_images, load_gram
 from depthprob.physics.optics import Microscope
-from depthprob.physics.radial import bessel, prepare_radial, projected_potential, radial_gram
+from depthprob.physics.gram import bessel
+from depthprob.physics.radial import prepare_radial, projected_potential, radial_gram
 from depthprob.physics.scattering import POTENTIAL_PER_SCATTERING_FACTOR, scattering_factor
 from depthprob.physics.specimen import Column
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 from scipy.fft import next_fast_len
-from scipy.special import eval_genlaguerre, gammaln
+from scipy.special import eval_genlaguerre, gammaln, jv
 
 from .detector import AnnularDetector
 from .electron import wavelength
@@ -73,6 +73,24 @@ def mode_spectra(modes: Modes, kx: np.ndarray, ky: np.ndarray) -> np.ndarray:
         radial = norm * rho**m * eval_genlaguerre(p, m, rho**2) * np.exp(-(rho**2) / 2)
         spectra[i] = (-1j) ** int(2 * p + m) * radial * np.exp(1j * l * phi)
     return spectra
+
+
+def bessel(order: int, x: np.ndarray) -> np.ndarray:
+    """J_0 ... J_order of x >= 0 (order + 1, *x.shape) by downward recurrence from scipy's values of the two highest.
+
+    Where the highest order underflows (x far below it) every order is scipy's.
+    """
+    out = np.empty((order + 1, *x.shape))
+    for n in range(order, max(order - 2, -1), -1):
+        out[n] = jv(n, x)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for n in range(order - 1, 0, -1):
+            out[n - 1] = 2 * n / x * out[n] - out[n + 1]
+    small = abs(out[order]) < 1e-280
+    small &= x < order
+    for n in range(order + 1):
+        out[n][small] = jv(n, x[small])
+    return out
 
 
 class ColumnGram(eqx.Module):

@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
+from scipy.special import j0
 from scipy.stats import norm, qmc
 
 from .detector import AnnularDetector
@@ -23,6 +25,7 @@ from .gram import (
     ColumnGram,
     Modes,
     Sweep,
+    bessel,
     default_cell,
     default_reach,
     default_sampling,
@@ -125,10 +128,85 @@ def at_points(images: Float[np.ndarray, "image v u"], pixel: float, x: np.ndarra
     return np.einsum("ya,rab,bx->ryx", ey, spectra, ex, optimize=True).real
 
 
+class Profiles(NamedTuple):
+    """Radial images of columns under a round lens.
+
+    Attributes
+    ----------
+    values : (gram, z, r) float64
+        Fraction of the beam, without the source's width.
+    r, area : (r,)
+        [Å], and weights of the integral over the image [Å^2].
+    """
+
+    values: np.ndarray
+    r: np.ndarray
+    area: np.ndarray
+
+
+def is_round(microscope: Microscope) -> bool:
+    """Whether only C3 and C50 disturb the probe, so that a column's image is a function of one radius."""
+    return not any(value for name, value in microscope.aberrations.items() if name.startswith("C") and name.removesuffix("_A") != "C50")
+
+
+def column_profiles(grams: np.ndarray, modes: Modes, microscope: Microscope, plane: np.ndarray, end: float) -> Profiles:
+    """Radial images out to `end` Å for each Gram matrix with the crossover in each plane, as `column_images`; round lenses only.
+
+    I(r) = sum_l A_l* G^l A_l, A_pl(r) = 2 pi i^-l int chi_pl(k) a(k) J_l(2 pi k r) k dk, by Gauss-Legendre quadrature in complex128; a
+    factor i^-l common to a block drops out. Source size is left to the transform of the result.
+    """
+    lam = float(wavelength(microscope.energy))
+    aperture = float(microscope.convergence_angle) * 1e-3 / lam
+    turns = np.pi * lam * aperture**2 * (abs(plane).max() + 5 * float(microscope.focal_spread)) + 2 * np.pi * aperture * end
+    k, w = legendre_nodes(aperture, int(turns) + 40)
+    r, w_r = legendre_nodes(end, int(5 * aperture * end) + 20)
+    k_area = 2 * np.pi * k * w
+    chi = np.asarray(aberration_phase(microscope, k, np.zeros_like(k), 0.0))
+    spread = float(microscope.focal_spread)
+    nodes, share = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
+    foci = (np.asarray(plane, float)[:, None] + spread * nodes).ravel()
+    probe = np.exp(-1j * (chi - np.pi * lam * k**2 * foci[:, None])) / np.sqrt(k_area.sum())
+    grams = np.asarray(grams)
+    values = np.zeros((len(grams), len(foci), len(r)))
+    transforms = bessel(modes.order, 2 * np.pi * np.outer(r, k))
+    for l in range(modes.order + 1):
+        at = np.flatnonzero(modes.l == l)
+        radial = mode_spectra(modes._replace(p=modes.p[at], l=modes.l[at]), k, np.zeros_like(k)).conj() * modes.taper[at, None] * k_area
+        waves = np.einsum("zpk,rk->zpr", probe[:, None] * radial, transforms[l], optimize=True)
+        # real and imaginary parts side by side: a Hermitian form is one real product
+        blocks = grams[:, l, : len(at), : len(at)].astype(complex)
+        for z, wave in enumerate(waves):
+            values[:, z] += (1 + (l > 0)) * ((blocks @ wave) * wave.conj()).real.sum(1)
+    values = values.reshape(len(grams), len(plane), len(nodes), len(r))
+    return Profiles(np.einsum("gznr,n->gzr", values, share / share.sum()), r, 2 * np.pi * r * w_r)
+
+
+def legendre_nodes(end: float, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights on (0, end)."""
+    x, w = np.polynomial.legendre.leggauss(n)
+    return (x + 1) / 2 * end, w / 2 * end
+
+
+def images_of_profiles(values: np.ndarray, profiles: Profiles, microscope: Microscope, cell: float, size: int) -> np.ndarray:
+    """Radial functions (..., r) as images (..., size, size) on a periodic cell, centred on pixel (0, 0), with the source's width."""
+    aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(microscope.energy))
+    q = np.fft.fftfreq(size, cell / size)
+    radius, where = np.unique(np.round(np.hypot(*np.meshgrid(q, q)) * cell, 9), return_inverse=True)
+    radius = radius[radius <= 2 * aperture * cell + 1e-9] / cell
+    s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
+    kernel = j0(2 * np.pi * np.outer(profiles.r, radius)) * profiles.area[:, None] * np.exp(-2 * (np.pi * s * radius) ** 2) / cell**2
+    spectrum = np.append(values.reshape(-1, len(profiles.r)) @ kernel, np.zeros((values[..., 0].size, 1)), 1)
+    inside = np.minimum(where.reshape(size, size), len(radius))
+    images = np.stack([np.fft.fft2(row[inside]).real for row in spectrum])
+    return images.reshape(*values.shape[:-1], size, size)
+
+
 def column_images(
     grams: np.ndarray, modes: Modes, microscope: Microscope, plane: np.ndarray, cell: float, size: int
 ) -> Float[np.ndarray, "gram z y x"]:
-    """Fraction of the beam for each Gram matrix with the probe's crossover in each plane, on a periodic cell, in the precision of `grams`.
+    """Fraction of the beam for each Gram matrix with the probe's crossover in each plane, on a periodic cell.
+
+    By one radius in float64 where the lens is round, else by plane waves in the precision of `grams`.
 
     Parameters
     ----------
@@ -140,6 +218,17 @@ def column_images(
         Depth of the crossover below the modes' own plane [Å]: defocus - depth + `centre_of_mass`.
     cell, size : float, int
         Side [Å] and pixels of the square image; the column sits at pixel (0, 0). size / cell >= 4 k_aperture keeps it alias-free.
+    """
+    if not is_round(microscope):
+        return plane_wave_images(grams, modes, microscope, plane, cell, size)
+    profiles = column_profiles(grams, modes, microscope, np.asarray(plane), cell)
+    return images_of_profiles(profiles.values, profiles, microscope, cell, size)
+
+
+def plane_wave_images(
+    grams: np.ndarray, modes: Modes, microscope: Microscope, plane: np.ndarray, cell: float, size: int
+) -> Float[np.ndarray, "gram z y x"]:
+    """`column_images` for any aberrations, in the precision of `grams`.
 
     Notes
     -----
@@ -220,16 +309,15 @@ def library_from_gram(
     widest = max(abs(z_range[0]), abs(z_range[1]))
     cell = image_cell or 2 * (1e-3 * float(microscope.convergence_angle) * widest + 7.0)
     size = int(np.ceil(4.1 * aperture * cell / 2)) * 2
-    mean = source.blocks.mean(0)
-    images = column_images(mean, source.modes, microscope, plane, cell, size)
-    flat = images.reshape(n_max * len(plane), -1)
-    basis, weights = _low_rank(flat, tolerance)
+    measure, area, to_images = _measurement(source.modes, microscope, cell, size)
+    images = measure(source.blocks.mean(0), plane)
+    basis, weights = _low_rank(images.reshape(n_max * len(plane), -1), tolerance, area)
     weights = weights.reshape(n_max, len(plane), -1)
     return ColumnLibrary(
-        images=basis.reshape(-1, size, size).astype(np.float32),
+        images=to_images(basis).astype(np.float32),
         coefficients=np.stack([_natural_spline(w) for w in weights]),
-        cross_section=images[:, np.argmin(abs(plane))].sum((1, 2), dtype=np.float64) * (cell / size) ** 2,
-        depth_error=depth_error(source, microscope, images, plane, cell, size),
+        cross_section=images[:, np.argmin(abs(plane))] @ area,
+        depth_error=depth_error(source, measure, images, area, plane),
         centre=centre,
         pixel=float(cell / size),
         z_start=float(plane[0]),
@@ -241,25 +329,49 @@ def library_from_gram(
     )
 
 
-def _low_rank(flat: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
-    """Fewest rows `basis` and `weights` with |flat - weights @ basis| < tolerance * max(flat); each basis row peaks at one."""
-    normal = flat.astype(np.float64) @ flat.T.astype(np.float64)
-    values, vectors = np.linalg.eigh(normal)
-    vectors = vectors[:, np.argsort(values)[::-1]]
+def _measurement(modes: Modes, microscope: Microscope, cell: float, size: int):
+    """How images are held while a library is made: (grams, plane) -> (gram, z, point); area of each point [Å^2]; points -> images.
+
+    Points are radii where the lens is round, else pixels. The source's width is in them.
+    """
+    if not is_round(microscope):
+        measure = lambda grams, plane: plane_wave_images(grams, modes, microscope, plane, cell, size).reshape(len(grams), len(plane), -1)
+        return measure, np.full(size**2, (cell / size) ** 2), lambda basis: basis.reshape(-1, size, size)
+    end = cell
+    one = column_profiles(np.zeros((1, modes.order + 1, modes.order // 2 + 1, modes.order // 2 + 1)), modes, microscope, np.zeros(1), end)
+    aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(microscope.energy))
+    q, w_q = legendre_nodes(2 * aperture, int(10 * aperture * end) + 40)
+    s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
+    kernel = j0(2 * np.pi * np.outer(one.r, q))
+    blur = (kernel * one.area[:, None]) @ (np.exp(-2 * (np.pi * s * q) ** 2) * 2 * np.pi * q * w_q * kernel).T
+    measure = lambda grams, plane: column_profiles(grams, modes, microscope, plane, end).values @ blur
+    sharp = eqx.tree_at(lambda m: m.source_fwhm, microscope, 0.0)
+    return measure, one.area, lambda basis: images_of_profiles(basis, one, sharp, cell, size)
+
+
+def _low_rank(flat: np.ndarray, tolerance: float, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fewest rows `basis` and `weights` with |flat - weights @ basis| < tolerance * max(flat); each basis row peaks at one.
+
+    Singular vectors of the images under the inner product of the image plane, points weighing by their `area`.
+    """
+    weighted = flat.astype(np.float64) * np.sqrt(area)
+    few = weighted.shape[0] < weighted.shape[1]
+    values, vectors = np.linalg.eigh(weighted @ weighted.T if few else weighted.T @ weighted)
+    vectors = vectors[:, ::-1]
     for rank in range(6, len(values) + 1):
-        weights = vectors[:, :rank]
-        basis = weights.T @ flat
+        weights = vectors[:, :rank] if few else weighted @ vectors[:, :rank]
+        basis = np.linalg.lstsq(weights, flat, rcond=None)[0]
         if abs(flat - weights @ basis).max() < tolerance * flat.max():
             break
     scale = np.abs(basis).max(1)
     return basis / scale[:, None], weights * scale
 
 
-def depth_error(source: ColumnGram, microscope: Microscope, images: np.ndarray, plane: np.ndarray, cell: float, size: int) -> np.ndarray:
+def depth_error(source: ColumnGram, measure: Callable, images: np.ndarray, area: np.ndarray, plane: np.ndarray) -> np.ndarray:
     """Monte-Carlo sd of the depth that this library gives, per atom number [Å].
 
-    The step of a Poisson-weighted fit from each scrambling's images to the mean's, amplitude profiled out; sd of the steps over the
-    root of the number of scramblings. Foci every 20 Å within 200 Å.
+    The step of a Poisson-weighted fit from each scrambling's images to the mean's (n, z, point), amplitude profiled out; sd of the steps
+    over the root of the number of scramblings. Foci every 20 Å within 200 Å. `measure` and `area` as of `_measurement`.
     """
     scramblings = source.blocks.shape[0]
     if scramblings < 2:
@@ -269,12 +381,12 @@ def depth_error(source: ColumnGram, microscope: Microscope, images: np.ndarray, 
     chosen = chosen[(chosen > 0) & (chosen < len(plane) - 1)]
     reference = images[:, chosen]
     slope = (images[:, chosen - 1] - images[:, chosen + 1]) / (plane[2] - plane[0])
-    weight = 1 / np.maximum(reference, 1e-4 * reference.max())
-    inner = lambda a, b: (a * b * weight).sum((1, 2, 3), dtype=np.float64)
+    weight = area / np.maximum(reference, 1e-4 * reference.max())
+    inner = lambda a, b: (a * b * weight).sum((1, 2), dtype=np.float64)
     ss, sa, aa = inner(slope, slope), inner(slope, reference), inner(reference, reference)
     steps = []
     for blocks in source.blocks:
-        delta = column_images(blocks, source.modes, microscope, plane[chosen], cell, size) - reference
+        delta = measure(blocks, plane[chosen]) - reference
         steps.append((aa * inner(slope, delta) - sa * inner(reference, delta)) / (ss * aa - sa**2))
     return np.std(steps, axis=0, ddof=1) / np.sqrt(scramblings)
 

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
-from scipy.special import jv, k0, k1
+from scipy.special import k0, k1
 
 from .detector import AnnularDetector
 from .electron import interaction_parameter, wavelength
-from .gram import ColumnGram, Modes, default_reach, laguerre_gauss_modes, mode_spectra
+from .gram import ColumnGram, Modes, bessel, default_reach, laguerre_gauss_modes, mode_spectra
 from .scattering import POTENTIAL_PER_SCATTERING_FACTOR, parameters
 from .specimen import Column, rms_from_debye_waller_b
 
@@ -78,22 +78,15 @@ def _panels(edges, counts) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(nodes), np.concatenate(weights)
 
 
-def bessel(order: int, x: np.ndarray) -> np.ndarray:
-    """J_0 ... J_order of x >= 0 (order + 1, *x.shape) by downward recurrence from scipy's values of the two highest.
+class _Grids(NamedTuple):
+    """What `prepare_radial` shares between detectors: nodes [1/Å], [Å], operators as in `RadialColumn`, kernels (m, r, r) of an atom's
+    diffuse scattering by angular momentum transfer, and transforms (l + m, r, k)."""
 
-    Where the highest order underflows (x far below it) every order is scipy's.
-    """
-    out = np.empty((order + 1, *x.shape))
-    for n in range(order, max(order - 2, -1), -1):
-        out[n] = jv(n, x)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        for n in range(order - 1, 0, -1):
-            out[n - 1] = 2 * n / x * out[n] - out[n + 1]
-    small = abs(out[order]) < 1e-280
-    small &= x < order
-    for n in range(order + 1):
-        out[n][small] = jv(n, x[small])
-    return out
+    k: np.ndarray
+    incident: np.ndarray
+    scattering: np.ndarray
+    kernels: list
+    transforms: np.ndarray
 
 
 def prepare_radial(
@@ -122,26 +115,29 @@ def prepare_radial(
     oversampling : float
         Nodes in frequency over Nyquist's number.
     """
+    edges = (float(detector.inner), float(detector.outer))
+    grids = _grids(column, energy, aperture, edges, modes, parametrization, range_of_potential, thermal_nodes, oversampling)
+    return _with_detector(grids, *edges, energy, modes)
+
+
+def _grids(column, energy, aperture, edges, modes, parametrization, range_of_potential=4.0, thermal_nodes=8, oversampling=1.15) -> _Grids:
+    """`edges` [mrad] are angles at which a detector may begin or end."""
     lam = float(wavelength(energy))
-    inner, outer = (float(a) * 1e-3 / lam for a in (detector.inner, detector.outer))
-    k_max = 1.3 * (outer + aperture)
+    edges = np.unique([0.0, *edges]) * 1e-3 / lam
+    k_max = 1.3 * (edges[-1] + aperture)
     extent = range_of_potential + lam * k_max * column.spacing * (column.n_atoms - 1)
     per_k = 2 * extent * oversampling
-    edges = np.array([0, inner, outer, k_max])
+    edges = np.append(edges, k_max)
     k, w_k = _panels(edges, np.ceil(np.diff(edges) * per_k) + 10)
     r_edges = np.array([0, 0.03, 0.12, 0.4, 1.2, range_of_potential])
     r, w_r = _panels(r_edges, np.ceil(np.diff(r_edges) * 4 * k_max * oversampling) + np.array([12, 16, 16, 12, 12]))
 
-    n_p = modes.order // 2 + 1
-    incident = np.zeros((modes.order + 1, n_p, len(k)), complex)
+    incident = np.zeros((modes.order + 1, modes.order // 2 + 1, len(k)), complex)
     for l in range(modes.order + 1):
-        at = np.flatnonzero(modes.l == l)
-        chosen = modes._replace(p=modes.p[at], l=modes.l[at])
-        incident[l, : len(at)] = mode_spectra(chosen, k, np.zeros_like(k)) * np.sqrt(2 * np.pi * k * w_k)
+        radial = radial_modes(modes, l, k)
+        incident[l, : len(radial)] = radial * np.sqrt(2 * np.pi * k * w_k)
 
     grid_weight = 2 * np.pi * np.sqrt(np.outer(r * w_r, k * w_k))
-    detected = (k > inner) & (k < outer)
-
     harmonics, share = _thermal_scattering(column, energy, r, parametrization, thermal_nodes)
     mean = np.tensordot(share, harmonics[:, 0], 1)
     strength = (abs(harmonics) ** 2 * (r * w_r)).sum(-1).max(0)
@@ -149,15 +145,29 @@ def prepare_radial(
     kernels = [np.einsum("s,sr,sq->rq", share, harmonics[:, m].conj(), harmonics[:, m], optimize=True) for m in range(n_m)]
     kernels[0] = kernels[0] - np.outer(mean.conj(), mean)
     transforms = bessel(modes.order + n_m - 1, 2 * np.pi * np.outer(r, k)) * grid_weight
-    hankel = transforms[: modes.order + 1]
+    return _Grids(k, incident, mean, kernels, transforms)
+
+
+def _with_detector(grids: _Grids, inner: float, outer: float, energy: float, modes: Modes) -> RadialColumn:
+    """The operators for one annulus between two of the grids' edges [mrad]."""
+    lam = float(wavelength(energy))
+    k, kernels, transforms = grids.k, grids.kernels, grids.transforms
+    detected = (k > inner * 1e-3 / lam) & (k < outer * 1e-3 / lam)
     seen = transforms[:, :, detected] @ transforms[:, :, detected].swapaxes(1, 2)
-    diffuse = np.zeros((modes.order + 1, len(r), len(r)), complex)
+    diffuse = np.zeros((modes.order + 1, *seen.shape[1:]), complex)
     for l in range(modes.order + 1):
-        for m in range(n_m):
-            diffuse[l] += kernels[m] * (seen[l + m] + seen[abs(l - m)] if m else seen[l])
+        for m, kernel in enumerate(kernels):
+            diffuse[l] += kernel * (seen[l + m] + seen[abs(l - m)] if m else seen[l])
+    hankel = transforms[: modes.order + 1]
     return RadialColumn(
-        *(jnp.asarray(a) for a in (incident, hankel, mean, diffuse, detected.astype(float), np.pi * lam * k**2))
+        *(jnp.asarray(a) for a in (grids.incident, hankel, grids.scattering, diffuse, detected.astype(float), np.pi * lam * k**2))
     )
+
+
+def radial_modes(modes: Modes, l: int, k: np.ndarray) -> Complex[np.ndarray, "p k"]:
+    """Radial part of the transforms of the modes of angular momentum l >= 0 at frequencies k [1/Å] (`mode_spectra` along x)."""
+    at = np.flatnonzero(modes.l == l)
+    return mode_spectra(modes._replace(p=modes.p[at], l=modes.l[at]), k, np.zeros_like(k))
 
 
 def _thermal_scattering(column: Column, energy: float, r: np.ndarray, parametrization: str, nodes: int, angles: int = 512):
@@ -185,21 +195,58 @@ def radial_gram(depths: Float[Array, " atom"], column: RadialColumn) -> Complex[
     depths : (atom,)
         z of each atom [Å] in increasing order; z = 0 is the plane of the modes.
     """
-    hankel = column.hankel.astype(complex)
-    flight = lambda distance: jnp.exp(-1j * column.propagation * distance)
+    (waves, diffuse), _ = jax.lax.scan(lambda carry, distance: (_meet(carry, distance, column), None), *_start(depths, column))
+    return _recorded(waves, diffuse, column)
+
+
+def radial_grams(depths: Float[Array, " atom"], column: RadialColumn) -> Complex[Array, "atom l p p"]:
+    """Gram blocks of the columns that end at each atom, from one sweep: the wave after atom n is the exit wave of n atoms."""
 
     def atom(carry, distance):
-        waves, diffuse = carry
-        waves = waves * flight(distance)
-        local = jnp.einsum("lrk,lpk->lpr", hankel, waves)
-        diffuse = diffuse + jnp.einsum("lpr,lrs,lqs->lpq", local.conj(), column.diffuse, local)
-        waves = waves + jnp.einsum("lrk,lpr->lpk", hankel, column.scattering * local)
-        return (waves, diffuse), None
+        carry = _meet(carry, distance, column)
+        return carry, _recorded(*carry, column)
 
-    distances = jnp.diff(depths, prepend=0.0)
-    start = (column.incident, jnp.zeros((*column.incident.shape[:2], column.incident.shape[1]), complex))
-    (waves, diffuse), _ = jax.lax.scan(atom, start, distances)
+    return jax.lax.scan(atom, *_start(depths, column))[1]
+
+
+def _start(depths, column: RadialColumn):
+    """Carry of the sweep before the first atom, and the distances to each."""
+    diffuse = jnp.zeros((*column.incident.shape[:2], column.incident.shape[1]), complex)
+    return (column.incident, diffuse), jnp.diff(depths, prepend=0.0)
+
+
+def _meet(carry, distance, column: RadialColumn):
+    """Fly to the next atom and scatter: waves (l, p, k), and what was recorded of diffuse scattering so far (l, p, p)."""
+    waves, diffuse = carry
+    hankel = column.hankel.astype(complex)
+    waves = waves * jnp.exp(-1j * column.propagation * distance)
+    local = jnp.einsum("lrk,lpk->lpr", hankel, waves)
+    diffuse = diffuse + jnp.einsum("lpr,lrs,lqs->lpq", local.conj(), column.diffuse, local)
+    return waves + jnp.einsum("lrk,lpr->lpk", hankel, column.scattering * local), diffuse
+
+
+def _recorded(waves, diffuse, column: RadialColumn):
     return diffuse + jnp.einsum("lpk,lqk->lpq", waves.conj() * column.detected, waves)
+
+
+def ring_grams(
+    column: Column,
+    energy: float,
+    modes: Modes,
+    aperture: float,
+    edges: tuple[float, ...],
+    parametrization: str = "lobato",
+    progress: Callable = lambda items, **_: items,
+) -> Complex[np.ndarray, "ring atom l p p"]:
+    """Gram blocks of columns of 1 to column.n_atoms atoms on each of the rings between `edges` [mrad]; complex128, run under x64.
+
+    The modes' plane halves the longest column. Signals of a detector made of several rings add.
+    """
+    depths = (jnp.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * column.spacing
+    grids = _grids(column, energy, aperture, edges, modes, parametrization)
+    sweep = jax.jit(radial_grams)
+    rings = list(zip(edges[:-1], edges[1:], strict=True))
+    return np.stack([np.asarray(sweep(depths, _with_detector(grids, *ring, energy, modes))) for ring in progress(rings, desc="detector rings", unit="ring")])
 
 
 def absorptive_gram(
@@ -212,14 +259,11 @@ def absorptive_gram(
 ) -> ColumnGram:
     """Gram matrices of isolated columns of 1 to column.n_atoms atoms from the deterministic thermal model, one scrambling.
 
-    Without noise, and 16 s for 12 atoms or 3 min and 3 GB for 45 (gold, 48-180 mrad, two cores) where frozen phonons take minutes to hours;
-    brighter by 2 to 11 % from three to ten atoms of gold.
+    Without noise, and in seconds where frozen phonons take minutes to hours; brighter by 2 to 11 % from three to ten atoms of gold.
     """
     aperture = convergence_angle * 1e-3 / float(wavelength(energy))
     reach = default_reach(column, convergence_angle)
+    edges = (float(detector.inner), float(detector.outer))
     with jax.enable_x64(True):
-        prepared = prepare_radial(column, energy, aperture, detector, laguerre_gauss_modes(reach, aperture), parametrization)
-        depths = (jnp.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * column.spacing
-        bars = progress(range(1, column.n_atoms + 1), desc="absorptive library", unit="atom")
-        blocks = np.stack([np.asarray(radial_gram(depths[:n], prepared)) for n in bars])
-    return ColumnGram.of(blocks[None], column, energy, aperture, detector, reach, 0, parametrization)
+        blocks = ring_grams(column, energy, laguerre_gauss_modes(reach, aperture), aperture, edges, parametrization, progress)
+    return ColumnGram.of(blocks, column, energy, aperture, detector, reach, 0, parametrization)

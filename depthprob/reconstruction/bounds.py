@@ -6,7 +6,7 @@ import numpy as np
 
 from ..config import Config
 from ..inference.fisher import atom_information
-from ..inference.likelihood import column_bounds, make_problem
+from ..inference.likelihood import depth_bounds, fisher_and_score, make_problem
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.specimen import Column
 from .pipeline import GAUGE, column_geometry, detector_of, gram_for, library_for, microscope_of, read_variance_of
@@ -41,7 +41,7 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
 
     def bound(free, n=n):
         problem = make_problem(np.zeros((len(defocus), *shape)), field_of_n(n), library, series, free, read_variance=read_variance_of(config))
-        return float(column_bounds(problem.start, problem)[0])
+        return float(depth_bounds(fisher_and_score(problem.start, problem)[0], problem)[0])
 
     sets = [(name,) for name in config.crlb.nuisances] + [config.crlb.nuisances]
     undefined = "focus_offset"
