@@ -165,14 +165,25 @@ def design(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE.json", help="Else to the screen.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Find the foci, angles and dose split that give the best depth (not yet available)."""
+    """Find the foci, angles and dose split that give the best depth; a figure is drawn beside FILE.json."""
     with _input_errors():
-        _settings(config)
+        settings = _settings(config)
         _check_output_file(output)
-        raise InputError(
-            "not yet available: design. Compare settings with `depthprob crlb` meanwhile."
-        )
+        if output is not None:
+            _check_output_file(output.with_suffix(".png"))
+        _use_double_precision()
+        from .reconstruction.pipeline import progress_bar
+        from .reconstruction.planning import design_series
+
+        result = design_series(settings, progress_bar(quiet))
+        _hand_over(result, output, quiet)
+        if output is not None:
+            from .plotting import save_design
+
+            save_design(output.with_suffix(".png"), result)
+            _say(f"drew {output.with_suffix('.png')}", quiet)
 
 
 @app.command()

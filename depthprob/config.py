@@ -29,6 +29,7 @@ NUISANCES = (
     "focus_step",
     "source_size",
 )
+DESIGN_VARIABLES = ("defocus", "dose", "convergence_angle", "detector")
 ABERRATIONS = tuple(
     f"C{n}{m}"
     for n, ms in {1: "2", 2: "13", 3: "024", 4: "135", 5: "0246"}.items()
@@ -414,9 +415,42 @@ class CrlbConfig:
     nuisances: tuple[str, ...] = _key(("positions", "background"), _choices(NUISANCES))
 
 
+def _columns(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    pairs = _list_of(_list_of(_number(), 2))(name, value)
+    count = _number(at_least=1, whole=True)
+    return tuple((count(f"{name}[{i}][0]", given[0]), pair[1]) for i, (given, pair) in enumerate(zip(value, pairs, strict=True)))
+
+
 @dataclasses.dataclass(frozen=True)
 class DesignConfig:
-    """[design]: no keys yet."""
+    """[design]: what may vary, for which columns, and what counts.
+
+    `columns` lists [atoms, depth in Å]; absent, those of specimen.structure_file, else one of specimen.n_atoms at depth zero. Each
+    stands for itself and for depths `depth_range_A` above and below, since no depth is known before the measurement. `spread_share` of
+    the dose stays on the config's own foci, for drift, counts and goodness of fit.
+    """
+
+    vary: tuple[str, ...] = _key(DESIGN_VARIABLES, _choices(DESIGN_VARIABLES))
+    columns: tuple[tuple[int, float], ...] | None = _key(None, _columns)
+    depth_range_A: float = _key(10.0, _not_negative)
+    goal: str = _key("mean", _choice(("mean", "worst")))
+    nuisances: tuple[str, ...] = _key(("positions", "background", "gain"), _choices(NUISANCES))
+    defocus_range_A: tuple[float, ...] | None = _key(None, _list_of(_number(), 2))
+    convergence_angle_range_mrad: tuple[float, ...] = _key((15.0, 30.0), _list_of(_angle, 2))
+    detector_range_mrad: tuple[float, ...] = _key((35.0, 200.0), _list_of(_angle, 2))
+    annuli: int = _key(1, _number(at_least=1, at_most=4, whole=True))
+    spread_share: float = _key(0.2, _number(at_least=0.0, at_most=0.9))
+    join_foci_closer_than_A: float = _key(5.0, _positive)
+    target_depth_sd_A: float = _key(0.5, _positive)
+    steps: int = _key(60, _number(at_least=1, whole=True))
+
+    def validate(self) -> None:
+        for key in ("defocus_range_A", "convergence_angle_range_mrad", "detector_range_mrad"):
+            pair = getattr(self, key)
+            if pair is not None and pair[0] >= pair[1]:
+                raise _fail(f"design.{key}", list(pair), "[smallest, largest]")
+        if "focus_offset" in self.nuisances:
+            raise InputError("design.nuisances holds 'focus_offset', but the depth of an isolated column and a free focus offset cannot be told apart. Leave it out.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,3 +123,52 @@ def plot_particle(ax, atoms, atom_sd, angle=None, element=""):
     ax.errorbar(across, atoms[:, 2], atom_sd[:, 2], fmt="none", ecolor=GREY, elinewidth=0.6)
     ax.set(xlabel=f"across, turned {angle:.0f}° (Å)", ylabel="z (Å), beam downwards", aspect="equal", title=f"from the side, {angle:.0f}°")
     ax.invert_yaxis()
+
+
+def plot_plan(ax, result):
+    """Dose of each image of the given series and of the best, over what an image at that defocus is worth for the depth."""
+    worth = result["landscape"]["information"]
+    shared = ax.twinx()
+    for name, color, style in (("given", GREY, "--"), ("best", BLUE, "-")):
+        share = np.asarray(result[name]["dose_e_per_A2"]) / result["total_dose_e_per_A2"]
+        ax.vlines(result[name]["defocus_A"], 0, 100 * share, color=color, lw=1.5 if name == "given" else 3, label=f"{name}: dose")
+        shared.plot(worth["defocus_minus_depth_A"], np.asarray(worth["per_e_per_A2"][name]) * 1e3, style, color=ORANGE, label=f"{name}: information")
+    ax.set(xlabel="defocus (Å)", ylabel="share of the dose (%)", ylim=(0, None))
+    shared.set(ylabel="information (10⁻³ Å⁻² per e/Å²)", ylim=(0, None))
+    lines = [*ax.get_legend_handles_labels(), *shared.get_legend_handles_labels()]
+    ax.legend(lines[0] + lines[2], lines[1] + lines[3], fontsize=7, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def plot_design_angles(ax, result):
+    """Bound against convergence angle, and against the innermost detector angle."""
+    around = result["landscape"]
+    if "convergence_angle" in around:
+        found = around["convergence_angle"]
+        ax.plot(found["angle_mrad"], found["depth_sd_of_given_foci_A"], "--", color=GREY, label="convergence angle, given foci and detector")
+        ax.plot(found["angle_mrad"], found["depth_sd_of_best_foci_and_detector_A"], "-", color=BLUE, label="convergence angle, best foci and detector")
+    if "detector" in around:
+        ax.plot(around["detector"]["inner_mrad"], around["detector"]["depth_sd_A"], "-.", color=GREEN, label="innermost detector angle")
+    for name, color, mark in (("given", GREY, "s"), ("best", BLUE, "o")):
+        ax.plot(result[name]["convergence_angle_mrad"], result[name]["depth_sd_A"], mark, color=color, label=name)
+    ax.set(xlabel="angle (mrad)", ylabel="bound on depth (Å)", ylim=(0, None))
+    ax.legend(fontsize=7, frameon=False)
+
+
+def plot_design_dose(ax, result):
+    """Bound against total dose for both series, with the target."""
+    dose = np.geomspace(0.01, 10, 100) * result["total_dose_e_per_A2"]
+    for name, color, style in (("given", GREY, "--"), ("best", BLUE, "-")):
+        ax.loglog(dose, result[name]["depth_sd_A"] * np.sqrt(result["total_dose_e_per_A2"] / dose), style, color=color, label=name)
+    ax.axhline(result["target_depth_sd_A"], color=ORANGE, lw=0.8, label="target")
+    ax.set(xlabel="total dose (e/Å²)", ylabel="bound on depth (Å)")
+    ax.legend(fontsize=7, frameon=False)
+
+
+def save_design(path, result):
+    """The figure of the `design` command, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for ax, draw in zip(figure.subplots(1, 3), (plot_plan, plot_design_angles, plot_design_dose), strict=True):
+        draw(ax, result)
+    figure.savefig(path, dpi=150)
