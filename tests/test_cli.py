@@ -155,10 +155,6 @@ nuisances = ["positions", "gain", "source_size", "focus_offset"]
     assert len(bounds["atom_depth_sd_A"]) == 2 and min(bounds["atom_depth_sd_A"]) > alone
 
 
-def test_design_says_that_it_is_not_yet_available(inputs):
-    assert "not yet available" in refusal(inputs, "design", inputs / "config.toml")
-
-
 def test_the_command_itself_leaves_with_status_2_and_no_traceback(inputs):
     command = [sys.executable, "-m", "depthprob.cli", "crlb", str(inputs / "none.toml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -11,13 +11,14 @@ import pytest
 from depthprob.inference.gaussian_peak import fit_gaussian_peaks
 from depthprob.inference.likelihood import (
     column_amplitudes,
-    column_bounds,
+    depth_bounds,
     fisher_and_score,
     from_vector,
     goodness_of_fit,
     log_likelihood,
     make_problem,
     maximum,
+    rates,
     to_vector,
 )
 from depthprob.inference.posterior import infer, to_arviz
@@ -109,7 +110,7 @@ def test_read_noise_costs_what_a_known_background_of_its_variance_costs(problem,
     noisy = make_problem(np.asarray(problem.counts), field(), library, SERIES, ("positions",), read_variance=variance)
     lit = eqx.tree_at(lambda f: f.background, field(), field().background + variance / (9612.0 * 0.16))
     background = make_problem(np.asarray(problem.counts), lit, library, SERIES, ("positions",))
-    np.testing.assert_allclose(column_bounds(noisy.start, noisy), column_bounds(background.start, background), rtol=1e-5)
+    np.testing.assert_allclose(depth_bounds(fisher_and_score(noisy.start, noisy)[0], noisy), depth_bounds(fisher_and_score(background.start, background)[0], background), rtol=1e-5)
 
 
 @pytest.mark.parametrize("read_noise", [0.2, 0.8])
@@ -123,7 +124,7 @@ def test_fit_under_read_noise_is_unbiased(library, read_noise):
     assert estimate.converged
     pull = (np.asarray(estimate.parameters["depth"]) - field().depths) / estimate.sd("depth")
     assert np.all(abs(pull) < 4)
-    assert np.all(abs(goodness_of_fit(estimate.parameters, problem)) < 5)
+    assert np.all(abs(goodness_of_fit(estimate.parameters, problem, rates(estimate.parameters, problem))) < 5)
     truth = make_problem(counts, field(), library, SERIES, ("background",), read_variance=read_noise**2)
     fisher, score = fisher_and_score(truth.start, truth)
     information, score = np.diag(fisher)[3:], score[3:]
@@ -133,7 +134,7 @@ def test_fit_under_read_noise_is_unbiased(library, read_noise):
 def test_double_dose_doubles_the_information(problem, library):
     doubled = FocalSeries(DEFOCUS, 0.4, 2 * SERIES.dose, (30, 34), False)
     more = make_problem(np.asarray(problem.counts), field(), library, doubled)
-    a, b = column_bounds(problem.start, problem), column_bounds(more.start, more)
+    a, b = depth_bounds(fisher_and_score(problem.start, problem)[0], problem), depth_bounds(fisher_and_score(more.start, more)[0], more)
     np.testing.assert_allclose(a / b, np.sqrt(2), rtol=1e-4)
 
 
@@ -144,7 +145,7 @@ def test_joint_fit_recovers_depths_and_counts_within_its_error_bars(problem, lib
     assert np.all(abs(pull) < 4.0)  # three columns: false alarm 2e-4
     amplitude, sd = column_amplitudes(estimate.parameters, problem)
     assert np.all(abs(amplitude - 1) < 4 * sd + 0.01)
-    assert np.all(abs(goodness_of_fit(estimate.parameters, problem)) < 5)
+    assert np.all(abs(goodness_of_fit(estimate.parameters, problem, rates(estimate.parameters, problem))) < 5)
 
 
 def test_wrong_count_is_seen_in_amplitude_and_fit(library, problem):
@@ -152,7 +153,7 @@ def test_wrong_count_is_seen_in_amplitude_and_fit(library, problem):
     estimate = maximum(wrong)
     amplitude, sd = column_amplitudes(estimate.parameters, wrong)
     assert amplitude[0] < 1 - 4 * sd[0]
-    assert goodness_of_fit(estimate.parameters, wrong)[0] > 3  # one in a thousand by chance
+    assert goodness_of_fit(estimate.parameters, wrong, rates(estimate.parameters, wrong))[0] > 3  # one in a thousand by chance
 
 
 def test_sampler_agrees_with_laplace(problem):

@@ -2,7 +2,7 @@
 
     python -m depthprob.data.make_demo [FOLDER]
 
-Takes about three minutes a thermal configuration on one core; sums are kept in FOLDER, so that an interrupted run goes on. The
+Takes four minutes a thermal configuration on one core; sums are kept in FOLDER, so that an interrupted run goes on. The
 particle has no symmetry between its entrance and exit surface: a tilted dome of terraces above, another below.
 """
 
@@ -13,13 +13,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import read_config
+from ..physics.gram import default_sampling
 from ..physics.particle import images_from_gram, simulate_particle
 from ..reconstruction.pipeline import detector_of, microscope_of
 
 LATTICE = 4.08
 CELL = 4.5 * LATTICE
-CONFIGURATIONS = 15
-SAMPLING = 0.034
+CONFIGURATIONS = 16
 SHAPE = (54, 54)
 
 
@@ -59,7 +59,7 @@ def make(folder: Path) -> None:
         detector_of(config),
         CONFIGURATIONS,
         0,
-        SAMPLING,
+        default_sampling(microscope.energy, config.detector.outer[0], microscope.convergence_angle),
         checkpoint=folder / "demo_gram.npz",
         progress=tqdm,
     )

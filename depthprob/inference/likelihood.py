@@ -25,6 +25,7 @@ from ..physics.focal_series import (
     widening,
 )
 from ..physics.library import ColumnLibrary
+from .arrow import ArrowFactor, ArrowMatrix
 
 PER_COLUMN = ("depth", "x", "y")
 PER_IMAGE = ("log_gain", "log_background", "shift_x", "shift_y")
@@ -43,12 +44,22 @@ class Problem(eqx.Module):
     counts: jax.Array
     library: ColumnLibrary
     series: FocalSeries
-    draw: Renderer
+    draw: Renderer | None
     n_atoms: jax.Array
     mask: jax.Array
     start: dict
     read_variance: jax.Array
     free: tuple[str, ...] = eqx.field(static=True)
+
+
+class Mode(NamedTuple):
+    """Where the posterior is largest."""
+
+    parameters: dict
+    log_posterior: float
+    iterations: int
+    converged: bool
+    curvature: ArrowFactor | None = None  # of a large field, to go on with
 
 
 class Estimate(NamedTuple):
@@ -57,14 +68,20 @@ class Estimate(NamedTuple):
     Attributes
     ----------
     parameters : dict of arrays
-    covariance : (P, P)
-        Inverse of Fisher information plus priors, over the free parameters in `names` order.
+    variances : (P,)
+        Diagonal of the inverse of Fisher information plus priors, over the free parameters in `names` order.
+    factor : (P, P) or ArrowFactor
+        Lower Cholesky factor of that inverse; of a large field the factor of the information itself.
+    information : (P, P) or ArrowMatrix
+        Fisher information alone.
     names : list of (name, index)
     log_posterior, iterations, converged
     """
 
     parameters: dict
-    covariance: np.ndarray
+    variances: np.ndarray
+    factor: np.ndarray | ArrowFactor
+    information: np.ndarray | ArrowMatrix
     names: list
     log_posterior: float
     iterations: int
@@ -73,7 +90,7 @@ class Estimate(NamedTuple):
     def sd(self, name: str) -> np.ndarray:
         """Standard deviations of one parameter array."""
         chosen = [i for i, (n, _) in enumerate(self.names) if n == name]
-        return np.sqrt(np.diag(self.covariance)[chosen])
+        return np.sqrt(self.variances[chosen])
 
 
 def free_parameters(free: tuple[str, ...]) -> tuple[str, ...]:
@@ -99,8 +116,12 @@ def make_problem(
     free: tuple[str, ...] = ("positions", "background", "gain", "image_shifts"),
     mask: np.ndarray | None = None,
     read_variance: float = 0.0,
+    dense: bool = True,
 ) -> Problem:
-    """Gather a stack (F, ny, nx) [e/pixel], a starting field, what is free and the variance of read noise [e^2]; masked pixels (False) are not used."""
+    """Gather a stack (F, ny, nx) [e/pixel], a starting field, what is free and the variance of read noise [e^2]; masked pixels (False) are not used.
+
+    Without `dense` only the functions of `local` take the result.
+    """
     shifts = np.asarray(field.image_shifts, float)
     start = {
         "depth": field.depths,
@@ -117,7 +138,7 @@ def make_problem(
     start = {k: jnp.asarray(v, float) for k, v in start.items()}
     used = np.ones(np.shape(counts), bool) if mask is None else mask
     return Problem(
-        jnp.asarray(counts, jnp.float32), library, series, renderer(library, series), jnp.asarray(field.n_atoms), jnp.asarray(used), start,
+        jnp.asarray(counts, jnp.float32), library, series, renderer(library, series) if dense else None, jnp.asarray(field.n_atoms), jnp.asarray(used), start,
         jnp.asarray(float(read_variance)), free_parameters(free),
     )
 
@@ -148,6 +169,7 @@ def log_likelihood(parameters: dict, problem: Problem) -> jax.Array:
 
 PRIOR_SD = {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05, "source_variance": 0.05}
 BACKGROUND_SHAPE = 4.0
+LARGEST_STEP = {"depth": 15.0, "log_background": 2.0, "source_variance": 0.03}  # of scoring; 0.3 for the rest
 MEAN_SHIFT_SD = 1e-3  # Å; fixes the gauge
 
 
@@ -176,7 +198,8 @@ def log_posterior(parameters: dict, problem: Problem) -> jax.Array:
     return log_likelihood(parameters, problem) + log_prior(parameters, problem)
 
 
-def _index(problem: Problem) -> list:
+def parameter_names(problem: Problem) -> list:
+    """(name, index) of every free parameter, in the order of the Fisher matrix."""
     return [(name, i) for name in problem.free for i in range(max(1, problem.start[name].size))]
 
 
@@ -242,7 +265,7 @@ def fisher_and_score(parameters: dict, problem: Problem, progress=lambda items, 
 
 def prior_precision(problem: Problem) -> np.ndarray:
     """Curvature of the log-prior over the free parameters (P, P); for log background `BACKGROUND_SHAPE`, its value at the mode."""
-    names = _index(problem)
+    names = parameter_names(problem)
     diagonal = np.array([BACKGROUND_SHAPE if n == "log_background" else PRIOR_SD[n] ** -2 for n, _ in names])
     precision = np.diag(diagonal)
     for name in ("shift_x", "shift_y"):
@@ -269,10 +292,23 @@ def from_vector(vector, problem: Problem) -> dict:
 
 
 
-def maximum(problem: Problem, progress=lambda items, **_: items, max_iterations: int = 40) -> Estimate:
+def maximum(problem: Problem, progress=lambda items, **_: items) -> Estimate:
+    """Joint maximum of likelihood times weak priors, with its covariance."""
+    return estimate_at(find_mode(problem, progress), problem)
+
+
+def estimate_at(mode: Mode, problem: Problem, progress=lambda items, **_: items) -> Estimate:
+    """Covariance at a mode."""
+    fisher, _ = fisher_and_score(mode.parameters, problem)
+    covariance = np.linalg.inv(fisher + prior_precision(problem))
+    factor = np.linalg.cholesky((covariance + covariance.T) / 2)
+    return Estimate(mode.parameters, np.diag(covariance), factor, fisher, parameter_names(problem), mode.log_posterior, mode.iterations, mode.converged)
+
+
+def find_mode(problem: Problem, progress=lambda items, **_: items, close: float = 2e-3, max_iterations: int = 40, before: Mode | None = None) -> Mode:
     """Joint maximum of likelihood times weak priors by Fisher scoring with Levenberg damping.
 
-    Starts with a scan of one depth common to all columns, then scores until no step exceeds 1e-3 standard deviations.
+    Starts with a scan of one depth common to all columns, then scores until no step exceeds `close` standard deviations. `before` is for `local` alone.
     """
     objective = jax.jit(lambda v: log_posterior(from_vector(v, problem), problem))
     gradient_prior = jax.jit(jax.grad(lambda v: log_prior(from_vector(v, problem), problem)))
@@ -292,7 +328,7 @@ def maximum(problem: Problem, progress=lambda items, **_: items, max_iterations:
         hessian = fisher + precision
         while True:
             step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), score)
-            limit = np.array([{"depth": 15.0, "log_background": 2.0, "source_variance": 0.03}.get(n, 0.3) for n, _ in _index(problem)])
+            limit = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in parameter_names(problem)])
             step *= min(1.0, float(np.min(limit / np.maximum(abs(step), 1e-12))))
             trial = float(objective(jnp.asarray(vector + step)))
             if trial >= value - 1e-6 or damping > 1e6:
@@ -300,21 +336,24 @@ def maximum(problem: Problem, progress=lambda items, **_: items, max_iterations:
             damping *= 8
         vector, value, damping = vector + step, trial, max(damping / 10, 1e-9)
         relative = abs(step) / np.sqrt(np.diag(np.linalg.inv(hessian)))
-        if relative.max() < 2e-3:
+        if relative.max() < close:
             converged = True
             break
     parameters = from_vector(jnp.asarray(vector), problem)
-    fisher, _ = fisher_and_score(parameters, problem)
-    return Estimate(parameters, np.linalg.inv(fisher + precision), _index(problem), value, iteration + 1, converged)
+    return Mode(parameters, value, iteration + 1, converged)
 
 
-def column_bounds(parameters: dict, problem: Problem) -> np.ndarray:
-    """Cramér-Rao bound on the depth of each column (C,) [Å], with the problem's nuisances free and no prior but the gauge.
+def column_bounds(estimate: Estimate, problem: Problem) -> np.ndarray:
+    """Cramér-Rao bound on the depth of each column (C,) [Å] at an estimate, with the problem's nuisances free and no prior but the gauge."""
+    return depth_bounds(estimate.information, problem)
+
+
+def depth_bounds(fisher: np.ndarray, problem: Problem) -> np.ndarray:
+    """The same from the Fisher information (P, P) over the problem's free parameters.
 
     Background enters with its Poisson information; a direction without any (below 1e-12 of the largest) is left out.
     """
-    fisher, _ = fisher_and_score(parameters, problem)
-    names = _index(problem)
+    names = parameter_names(problem)
     gauge = np.zeros_like(fisher)
     for name in ("shift_x", "shift_y"):
         chosen = np.array([i for i, (n, _) in enumerate(names) if n == name], int)
@@ -361,41 +400,51 @@ def _amplitude_sums(parameters: dict, problem: Problem, i: jax.Array):
     return rows @ rows.T, rows @ project(residual)
 
 
-def goodness_of_fit(parameters: dict, problem: Problem, radius: float = 1.2) -> np.ndarray:
-    """Misfit near each column in all images, standardised by its own null mean and variance (C,): about N(0, 1).
+def rates(parameters: dict, problem: Problem) -> np.ndarray:
+    """Expected counts (F, ny, nx), float32."""
+    return np.asarray(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw))
+
+
+def goodness_of_fit(parameters: dict, problem: Problem, rate: np.ndarray, radius: float = 1.2) -> np.ndarray:
+    """Misfit near each column to expected counts `rate` (F, ny, nx), standardised by its own null mean and variance (C,): about N(0, 1).
 
     Poisson deviance; counts are far below one in many pixels, so mean and variance of each pixel's deviance are sums over the Poisson
     distribution of its rate rather than those of chi-square. With read noise Pearson's statistic, whose moments are exact.
     """
-    rate = np.maximum(np.asarray(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw), float), DARKEST)
-    counts, used = np.asarray(problem.counts, float), np.asarray(problem.mask)
     variance = float(problem.read_variance)
-    excess, spread = _pearson(counts, rate, variance) if variance else _deviance(counts, rate)
-    ny, nx = problem.series.shape
-    px = problem.series.pixel_size
-    yy, xx = np.arange(ny)[:, None] * px, np.arange(nx) * px
-    out = np.empty(len(problem.n_atoms))
-    shift = np.stack([parameters["shift_x"], parameters["shift_y"]], 1)
-    for c in range(len(out)):
-        total, var = 0.0, 0.0
-        for i, (sx, sy) in enumerate(shift):
-            dx, dy = xx - (float(parameters["x"][c]) + sx), yy - (float(parameters["y"][c]) + sy)
-            if problem.series.periodic:
-                dx, dy = (d - np.round(d / (n * px)) * n * px for d, n in ((dx, nx), (dy, ny)))
-            near = (dx**2 + dy**2 < radius**2) & used[i]
-            total += excess[i][near].sum()
-            var += spread[i][near].sum()
-        out[c] = total / np.sqrt(var) if var else np.nan
-    return out
+    (ny, nx), px = problem.series.shape, problem.series.pixel_size
+    total, spread = np.zeros(len(problem.n_atoms)), np.zeros(len(problem.n_atoms))
+    half = int(np.ceil(radius / px)) + 1
+    near = np.arange(-half, half + 1)
+    null = None if variance else _null_table(float(rate.max()))
+    for i in range(len(rate)):
+        own = np.maximum(np.asarray(rate[i], float), DARKEST)
+        counts, used = np.asarray(problem.counts[i], float), np.asarray(problem.mask[i])
+        excess, var = _pearson(counts, own, variance) if variance else _deviance(counts, own, null)
+        at = np.stack([parameters["x"] + parameters["shift_x"][i], parameters["y"] + parameters["shift_y"][i]], 1)
+        nearest = np.round(at / px).astype(int)
+        x, y = nearest[:, :1] + near, nearest[:, 1:] + near
+        inside = ((x * px - at[:, :1])[:, None] ** 2 + (y * px - at[:, 1:])[:, :, None] ** 2) < radius**2
+        if not problem.series.periodic:
+            inside &= ((x >= 0) & (x < nx))[:, None] & ((y >= 0) & (y < ny))[:, :, None]
+        pick = (np.mod(y, ny)[:, :, None], np.mod(x, nx)[:, None])
+        inside &= used[pick]
+        total += np.where(inside, excess[pick], 0).sum((1, 2))
+        spread += np.where(inside, var[pick], 0).sum((1, 2))
+    return np.divide(total, np.sqrt(spread), out=np.full(len(total), np.nan), where=spread > 0)
 
 
-def _deviance(counts: np.ndarray, rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Poisson deviance of each pixel minus its mean, and its variance."""
+def _deviance(counts: np.ndarray, rate: np.ndarray, null: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Poisson deviance of each pixel minus its mean, and its variance; `null` as `_null_table` makes it."""
     with np.errstate(divide="ignore", invalid="ignore"):
         deviance = 2 * (np.where(counts > 0, counts * np.log(counts / rate), 0.0) - counts + rate)
-    grid = np.geomspace(DARKEST, max(rate.max(), 1.0) * 1.01, 200)
-    mean, variance = np.array([_null_deviance(r) for r in grid]).T
-    return deviance - np.interp(np.log(rate), np.log(grid), mean), np.interp(np.log(rate), np.log(grid), variance)
+    return deviance - np.interp(np.log(rate), null[0], null[1]), np.interp(np.log(rate), null[0], null[2])
+
+
+def _null_table(largest: float) -> np.ndarray:
+    """Logarithm of rates up to the largest, and mean and variance of the deviance at each (3, m)."""
+    grid = np.geomspace(DARKEST, max(largest, 1.0) * 1.01, 200)
+    return np.array([(np.log(r), *_null_deviance(r)) for r in grid]).T
 
 
 def _pearson(counts: np.ndarray, rate: np.ndarray, read_variance: float) -> tuple[np.ndarray, np.ndarray]:

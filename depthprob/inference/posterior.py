@@ -15,8 +15,14 @@ import numpyro
 import xarray as xr
 from numpyro.infer import MCMC, NUTS
 
+from ..errors import InputError
 from ..physics.focal_series import expected_counts
+from . import local
+from .arrow import ArrowFactor
 from .likelihood import GLOBAL, PER_COLUMN, Estimate, Problem, field_of, from_vector, log_posterior, maximum, to_vector
+
+
+LARGE = 200  # columns beyond which fields are fitted window by window
 
 
 class Posterior(NamedTuple):
@@ -68,10 +74,17 @@ def infer(
     start = time.perf_counter()
     key = jax.random.key(0) if key is None else key
     estimate = maximum(problem) if estimate is None else estimate
+    if method in ("nuts", "svi") and isinstance(estimate.factor, ArrowFactor):
+        raise InputError(
+            f"method {method!r} samples fields of up to {LARGE} columns; this one has {len(problem.n_atoms)}. Take method = \"laplace\", or crop the stack."
+        )
     mode = to_vector(estimate.parameters, problem)
-    factor = np.linalg.cholesky((estimate.covariance + estimate.covariance.T) / 2)
+    factor = estimate.factor
     draws, statistics, extra = None, {}, {}
-    if method == "laplace":
+    if method == "laplace" and isinstance(factor, ArrowFactor):
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        draws = mode + factor.draw(rng, chains * samples).reshape(chains, samples, -1)
+    elif method == "laplace":
         z = np.asarray(jax.random.normal(key, (chains, samples, len(mode))), float)
         draws = mode + z @ factor.T
     elif method in ("nuts", "svi"):
@@ -140,7 +153,7 @@ def to_arviz(posterior: Posterior, problem: Problem):
     """ArviZ groups with named dims and units: whatever the installed ArviZ uses (InferenceData, or DataTree since 1.0).
 
     posterior (draws of every free parameter; gain and background as themselves), sample_stats, posterior_predictive (mean counts of
-    each image over draws, for at most 100 of them), observed_data (mean counts of each image), constant_data.
+    each image over draws, for at most 100 of them; of a large field at the mode), observed_data (mean counts of each image), constant_data.
     """
     draws = posterior.draws if posterior.draws is not None else to_vector(posterior.estimate.parameters, problem)[None, None]
     names = posterior.estimate.names
@@ -165,8 +178,11 @@ def to_arviz(posterior: Posterior, problem: Problem):
         groups["sample_stats"] = xr.Dataset({k: (("chain", "draw"), v) for k, v in posterior.statistics.items()}, {k: coords[k] for k in ("chain", "draw")})
     flat = draws.reshape(-1, draws.shape[-1])
     chosen = flat[np.linspace(0, len(flat) - 1, min(100, len(flat))).astype(int)]
-    rate = jax.jit(lambda v: expected_counts(field_of(from_vector(v, problem), problem.n_atoms), problem.library, problem.series, problem.draw).mean((1, 2)))
-    mean = np.asarray(jax.lax.map(rate, jnp.asarray(chosen)), float)
+    if problem.draw is None:
+        mean = np.tile(local.rates(posterior.estimate.parameters, problem).mean((1, 2), dtype=float), (len(chosen), 1))
+    else:
+        rate = jax.jit(lambda v: expected_counts(field_of(from_vector(v, problem), problem.n_atoms), problem.library, problem.series, problem.draw).mean((1, 2)))
+        mean = np.asarray(jax.lax.map(rate, jnp.asarray(chosen)), float)
     n_pixels = np.prod(problem.series.shape)
     predicted = np.random.default_rng(0).poisson(mean * n_pixels) / n_pixels
     attributes = {"units": "e/pixel"}

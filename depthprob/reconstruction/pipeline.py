@@ -17,12 +17,13 @@ from tqdm import tqdm
 from ..config import Config, read_config
 from ..errors import InputError
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
-from ..inference.likelihood import column_amplitudes, column_bounds, field_of, goodness_of_fit, make_problem, maximum
-from ..inference.posterior import infer, to_arviz, write_netcdf
+from ..inference import likelihood, local
+from ..inference.likelihood import field_of, goodness_of_fit, make_problem
+from ..inference.posterior import LARGE, infer, to_arviz, write_netcdf
 from ..io import Stack, read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
 from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
-from ..physics.focal_series import Field, FocalSeries, expected_counts
+from ..physics.focal_series import Field, FocalSeries
 from ..physics.gram import ColumnGram, default_sampling
 from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load_gram, save_gram
 from ..physics.optics import Microscope
@@ -223,7 +224,7 @@ def z_range_of(config: Config, margin: float = 60.0) -> tuple[float, float]:
 def library_name(config: Config, gram: ColumnGram) -> str:
     """File name that tells the lens and foci of a library, and the Gram matrix it came from."""
     checksum = hashlib.sha256(np.ascontiguousarray(gram.blocks).tobytes()).hexdigest()
-    text = json.dumps([repr(config.microscope), z_range_of(config), checksum, 1])
+    text = json.dumps([repr(config.microscope), z_range_of(config), checksum, 2])
     return f"library_{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
 
 
@@ -368,18 +369,23 @@ def reconstruct(
         gain=np.ones(len(dose)),
         image_shifts=drift * pixel,
     )
+    fit = local if len(found) > LARGE else likelihood
+    mode = None
     for _ in range(5):
-        problem = make_problem(stack.data, field, library, series, config.inference.free, mask, read_variance_of(config))
-        estimate = maximum(problem, progress)
-        amplitude, amplitude_sd = column_amplitudes(estimate.parameters, problem)
+        problem = make_problem(stack.data, field, library, series, config.inference.free, mask, read_variance_of(config), fit is likelihood)
+        mode = fit.find_mode(problem, progress, before=mode)
+        amplitude, amplitude_sd = fit.column_amplitudes(mode.parameters, problem)
         n_now = np.asarray(problem.n_atoms)
         cross = library.cross_section[n_now - 1]
-        recount = count_by_library(amplitude * cross, np.hypot(amplitude_sd, 0.015) * cross, library.cross_section)
-        field = field_of(estimate.parameters, jnp.asarray(recount.n))
+        # a gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts
+        cross = cross * np.exp(np.asarray(mode.parameters["log_gain"]).mean())
+        recount = count_by_library(amplitude * cross, np.hypot(amplitude_sd, 0.015) * cross, library.cross_section, scale_sd=0.05)
+        field = field_of(mode.parameters, jnp.asarray(recount.n))
         if np.array_equal(recount.n, n_now):
             break
     else:
         warnings.append("Atom counts had not settled after five rounds of counting and fitting.")
+    estimate = fit.estimate_at(mode, problem, progress)
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}
     positions = np.stack([parameters["x"], parameters["y"]], 1)
     shifts = np.stack([parameters["shift_x"], parameters["shift_y"]], 1)
@@ -390,7 +396,7 @@ def reconstruct(
     stages(f"posterior ({method})")
     key = jax.random.key(config.inference.seed)
     result = infer(problem, method, key, config.inference.samples, config.inference.chains, estimate=estimate, progress_bar=not quiet)
-    bound = column_bounds(estimate.parameters, problem)
+    bound = fit.column_bounds(estimate, problem)
     model_sd = np.nan_to_num(library.depth_error[n_now - 1])
     if result.draws is None:
         depth, depth_sd = parameters["depth"], np.hypot(estimate.sd("depth"), model_sd)
@@ -408,7 +414,8 @@ def reconstruct(
     position_sd = np.stack([estimate.sd("x"), estimate.sd("y")], 1) if "x" in problem.free else np.zeros_like(positions)
     snapped = snap(positions, depth, depth_sd, n_now, geometry, position_sd)
 
-    fit_quality = goodness_of_fit(estimate.parameters, problem)
+    rate = fit.rates(estimate.parameters, problem)
+    fit_quality = goodness_of_fit(estimate.parameters, problem, rate)
     poor = np.flatnonzero(fit_quality > 5)
     if len(poor):
         warnings.append(f"{len(poor)} of {len(n_now)} columns fit badly (goodness of fit above 5 standard deviations): columns {', '.join(map(str, poor[:12]))}.")
@@ -422,7 +429,7 @@ def reconstruct(
         warnings.append("Some columns lie within 20 Å of the end of the focus range: their depths hang on half a peak.")
     if np.nanmax(model_sd) > 0.1:
         warnings.append(f"The library's own Monte-Carlo error reaches {np.nanmax(model_sd):.2f} Å of depth here; it is included in the error bars. More thermal configurations would lower it.")
-    expected = np.asarray(expected_counts(field_of(estimate.parameters, problem.n_atoms), library, series, problem.draw)) / (dose * pixel**2)[:, None, None]
+    expected = rate / (dose * pixel**2)[:, None, None]
     joint_series = disc_averages(expected, positions, shifts, pixel, disc_radius(positions), periodic)
     free = problem.free
     words = ["positions", "background", "gain", "image_shifts", "focus_offset", "focus_step", "source_size"]
@@ -604,6 +611,15 @@ def _read_structure(config: Config):
     if len(elements) != 1:
         raise InputError(f"{str(path)!r} holds {', '.join(sorted(elements))}; one element can be simulated so far.")
     return elements.pop(), atoms.positions, (float(cell[0, 0]), float(cell[1, 1]))
+
+
+def columns_of_structure(config: Config) -> tuple[tuple[int, float], ...]:
+    """(number of atoms, depth [Å]) of every column of the config's structure file; empty without one."""
+    if not config.specimen.structure_file:
+        return ()
+    _, atoms, _ = _read_structure(config)
+    column = np.unique(atoms[:, :2].round(1), axis=0, return_inverse=True)[1].ravel()
+    return tuple((int(np.sum(column == c)), float(atoms[column == c, 2].mean())) for c in range(column.max() + 1))
 
 
 def build_library(config: Config, output, quiet: bool = False) -> None:

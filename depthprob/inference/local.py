@@ -1,0 +1,686 @@
+"""The likelihood of large fields: every column is seen only within a window around it, as wide as the probe at each defocus.
+
+The same model as `likelihood`, whose products over the whole field grow with columns times pixels; here the cost is linear in columns.
+Signals beyond a window, less than `FAINT` of the column's peak in that image, are left to the background.
+Images and derivatives are float32, and so are sums over the pixels of a tile and the images of one window size; everything added after is float64.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.special import j0, j1
+
+from ..physics.focal_series import FocalSeries, Renderer, phases, q_squared, to_pixels, widening
+from ..physics.library import ColumnLibrary, at_points, legendre_nodes
+from .arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
+from .likelihood import (
+    BACKGROUND_SHAPE,
+    DARKEST,
+    GLOBAL,
+    LARGEST_STEP,
+    MEAN_SHIFT_SD,
+    PER_COLUMN,
+    PER_IMAGE,
+    PRIOR_SD,
+    Estimate,
+    Mode,
+    Problem,
+    field_of,
+    from_vector,
+    log_prior,
+    parameter_names,
+    to_vector,
+)
+
+FAINT = 7e-4
+TILE = 16  # pixels; the columns that reach a tile are gathered for one matrix product
+CLASSES = 4  # window sizes per series
+CLOSE = 0.03  # standard deviations, root mean square over parameters, from the maximum: near enough
+
+
+class Window(NamedTuple):
+    """Images that share one window size: which they are, half width in pixels, and how to draw a column in it."""
+
+    images: np.ndarray
+    half: int
+    draw: "Renderer | RadialRenderer"
+
+
+class Sums(NamedTuple):
+    """What `evaluate` adds up.
+
+    Attributes
+    ----------
+    log_likelihood : float
+    rate : (F, ny, nx) float32
+        Expected counts.
+    score : dict of arrays
+        Derivative of the log-likelihood by each of `PARAMETERS`.
+    border : (3 C, 4 F + 3)
+        Fisher information between columns (depth, x, y) and nuisances (`PER_IMAGE`, image by image for each, then `GLOBAL`).
+    corner : (4 F + 3, 4 F + 3)
+    """
+
+    log_likelihood: float
+    rate: np.ndarray
+    score: dict
+    border: np.ndarray
+    corner: np.ndarray
+
+
+def window_radius(library: ColumnLibrary, z: float) -> float:
+    """Radius [Å] beyond which a column seen at defocus - depth of +-z stays below `FAINT` of its peak, for any atom number."""
+    n_y, n_x = library.images.shape[1:]
+    y, x = (np.fft.fftfreq(n, 1 / n) * library.pixel for n in (n_y, n_x))
+    radius = np.hypot(y[:, None], x)
+    largest = 0.0
+    for n in sorted({1, library.n_max // 2 + 1, library.n_max}):
+        weights = np.asarray(library.weights(jnp.array([n, n]), jnp.array([[-z], [z]])))[:, 0]
+        for image in np.tensordot(weights, np.asarray(library.images), 1):
+            largest = max(largest, float(radius[abs(image) > FAINT * image.max()].max()))
+    return largest
+
+
+def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray, focus_offset: float = 0.0) -> list[Window]:
+    """Group images by the size of window that the farthest column from each focus needs."""
+    defocus = np.asarray(series.defocus) + focus_offset
+    farthest = np.maximum(abs(defocus - np.min(depths)), abs(defocus - np.max(depths))) + 5.0
+    ends = np.linspace(0, farthest.max(), CLASSES + 1)[1:]
+    renderer = _radial_renderer if _is_round(library) else _fourier_renderer
+    found = []
+    for low, high in zip([-1.0, *ends[:-1]], ends, strict=True):
+        images = np.flatnonzero((farthest > low) & (farthest <= high * (1 + 1e-9)))
+        if len(images):
+            half = int(np.ceil(window_radius(library, high) / series.pixel_size)) + 1
+            found.append(Window(images, half, renderer(library, series.pixel_size, half)))
+    return found
+
+
+def _fourier_renderer(library: ColumnLibrary, pixel: float, half: int, tolerance: float = 1e-4) -> Renderer:
+    """Fourier grid of one window, on a cell 2 Å wider than the window on each side."""
+    side = 2 * half + 1
+    cell = side * pixel + 4.0
+    limit = int(np.floor(library.band_limit * cell))
+    q = np.arange(-limit, limit + 1) / cell
+    spectra = np.asarray(library.images_q(q[limit:], q)) / cell**2
+    size = abs(spectra).max(0)
+    keep_x = np.flatnonzero(size.max(0) > tolerance * size.max())[-1] + 1
+    rows = size.max(1) > tolerance * size.max()
+    doubled = np.where(np.arange(keep_x) > 0, 2.0, 1.0)
+    qy, qx = q[rows], q[limit : limit + keep_x]
+    at = np.arange(side) * pixel
+    c64 = lambda a: jnp.asarray(a, jnp.complex64)
+    return Renderer(
+        c64(spectra[:, rows, :keep_x] * doubled), jnp.asarray(qx, jnp.float32), jnp.asarray(qy, jnp.float32),
+        c64(np.exp(2j * np.pi * np.outer(at, qy))), c64(np.exp(2j * np.pi * np.outer(qx, at))),
+    )
+
+
+@partial(jax.jit, static_argnames=("derivatives", "widening_too"))
+def _draw_fourier(
+    n_atoms: Array, z: Float[Array, " column"], offset: Float[Array, "column 2"], source_variance: Array, library: ColumnLibrary, draw: Renderer, derivatives: bool, widening_too: bool
+) -> Float[Array, "column kind w w"]:
+    basis = draw.basis * widening(draw, source_variance)
+
+    def one(at):
+        n, z, offset = at
+        along_y, along_x = phases(draw, offset[None])
+        spot = along_y[0, :, None] * along_x[0]
+        weights = lambda z: library.weights(n[None], z[None])[0]
+        w, slope = jax.jvp(weights, (z,), (jnp.ones_like(z),))
+        shape = lambda w: jnp.tensordot(w.astype(jnp.float32), basis, 1) * spot
+        image = shape(w)
+        if not derivatives:
+            return to_pixels(draw, image)[None]
+        by_x = image * (-2j * jnp.pi * draw.qx).astype(jnp.complex64)
+        by_y = image * (-2j * jnp.pi * draw.qy).astype(jnp.complex64)[:, None]
+        by_v = image * (-2 * jnp.pi**2 * q_squared(draw)).astype(jnp.float32)
+        return to_pixels(draw, jnp.stack([image, shape(slope), by_x, by_y] + [by_v] * widening_too))
+
+    return jax.lax.map(one, (n_atoms, z, offset), batch_size=64)
+
+
+class RadialRenderer(NamedTuple):
+    """What draws a column of a round lens in its window.
+
+    Attributes
+    ----------
+    spectra : (R, q)
+        Radial spectra of the library's basis images at Gauss-Legendre nodes, with their weights.
+    waves : (q, rho, 2)
+        J_0(2 pi q rho) and its derivative by rho at the nodes of a cubic Hermite interpolation.
+    q : (q,)
+        [1/Å].
+    step : float
+        Between those nodes [Å].
+    side : (w,)
+        Pixel centres along a window [Å]; an array, so that its length is known under jit.
+    """
+
+    spectra: jax.Array
+    waves: jax.Array
+    q: jax.Array
+    step: jax.Array
+    side: jax.Array
+
+
+def _radial_renderer(library: ColumnLibrary, pixel: float, half: int, step: float = 0.05) -> RadialRenderer:
+    end = (half + 1) * pixel
+    cell = library.pixel * library.images.shape[1]
+    q, weight = legendre_nodes(library.band_limit, int(4 * library.band_limit * max(end, cell)) + 20)
+    spectra = np.asarray(library.images_q(q, np.zeros(1))).real[:, 0] * (2 * np.pi * q * weight)
+    rho = np.arange(0, end + 2 * step, step)
+    x = 2 * np.pi * np.outer(q, rho)
+    waves = np.stack([j0(x), -2 * np.pi * q[:, None] * j1(x)], -1)
+    f32 = lambda a: jnp.asarray(a, jnp.float32)
+    return RadialRenderer(f32(spectra), f32(waves), f32(q), f32(step), f32(np.arange(2 * half + 1) * pixel))
+
+
+def _is_round(library: ColumnLibrary) -> bool:
+    """Whether the basis images are functions of one radius: the same along x, along y and along a direction between."""
+    r = np.linspace(0, 0.4 * library.pixel * library.images.shape[1], 60)
+    images = np.asarray(library.images) * abs(np.asarray(library.coefficients)).max((0, 1))[:, None, None]
+    along = [at_points(images, library.pixel, r, np.zeros(1))[:, 0], at_points(images, library.pixel, np.zeros(1), r)[:, :, 0]]
+    across = np.einsum("raa->ra", at_points(images, library.pixel, 0.6 * r, 0.8 * r))
+    return max(abs(along[0] - other).max() for other in (along[1], across)) < 1e-3 * abs(images).max()
+
+
+@partial(jax.jit, static_argnames=("derivatives", "widening_too"))
+def _draw_radial(n_atoms, z, offset, source_variance, library: ColumnLibrary, draw: RadialRenderer, derivatives: bool, widening_too: bool) -> Array:
+    damping = jnp.exp(-2 * jnp.pi**2 * draw.q**2 * source_variance)
+    basis = jnp.tensordot(draw.spectra * damping, draw.waves, 1).astype(jnp.float32)
+    widened = jnp.tensordot(draw.spectra * damping * (-2 * jnp.pi**2 * draw.q**2), draw.waves, 1).astype(jnp.float32)
+    count = basis.shape[1]
+    end = (count - 2) * draw.step
+
+    def one(at):
+        n, z, offset = at
+        w, slope = jax.jvp(lambda z: library.weights(n[None], z[None])[0], (z,), (jnp.ones_like(z),))
+        w, slope = w.astype(jnp.float32), slope.astype(jnp.float32)
+        profiles = [jnp.tensordot(w, basis, 1)]
+        if derivatives:
+            profiles += [jnp.tensordot(slope, basis, 1)] + [jnp.tensordot(w, widened, 1)] * widening_too
+        table = jnp.concatenate(profiles, 1)  # (rho, value and slope of each)
+        dx, dy = draw.side - offset[0].astype(jnp.float32), draw.side[:, None] - offset[1].astype(jnp.float32)
+        rho = jnp.sqrt(dx**2 + dy**2)
+        t = jnp.minimum(rho / draw.step, count - 1.001)
+        i = jnp.floor(t).astype(int)
+        u = (t - i)[..., None]
+        low, high = table[i], table[i + 1]
+        inside = rho < end
+        f0, f1, g0, g1 = low[..., 0::2], high[..., 0::2], low[..., 1::2] * draw.step, high[..., 1::2] * draw.step
+        a, b = 2 * (f0 - f1) + g0 + g1, 3 * (f1 - f0) - 2 * g0 - g1
+        value = jnp.where(inside[..., None], f0 + u * (g0 + u * (b + u * a)), 0.0)
+        if not derivatives:
+            return value[None, ..., 0]
+        outward = (g0 + u * (2 * b + 3 * u * a))[..., 0] / draw.step
+        outward = jnp.where(inside, -outward / jnp.maximum(rho, 1e-6), 0.0)
+        kinds = [value[..., 0], value[..., 1], outward * dx, outward * dy]
+        return jnp.stack(kinds + [value[..., 2]] * widening_too)
+
+    return jax.lax.map(one, (n_atoms, z, offset), batch_size=64)
+
+
+def draw_windows(
+    n_atoms, z, offset, source_variance, library: ColumnLibrary, draw: Renderer | RadialRenderer, derivatives: bool, widening_too: bool = True
+) -> Float[Array, "column kind w w"]:
+    """Fraction of the beam of each column in its own window, the column at `offset` (x, y) [Å] from the centre of the first pixel.
+
+    Kinds: the image; with derivatives also its derivatives by z = defocus - depth, x, y and, `widening_too`, source variance.
+    """
+    function = _draw_radial if isinstance(draw, RadialRenderer) else _draw_fourier
+    return function(n_atoms, z, offset, source_variance, library, draw, derivatives, widening_too)
+
+
+@jax.jit
+def _paint(windows: Float[Array, "column kind w w"], corners: Array, canvas: Float[Array, "kind y x"]) -> Array:
+    """Canvas with every window added at its corner (y, x)."""
+    _, kinds, side, _ = windows.shape
+
+    def add(canvas, item):
+        window, corner = item
+        start = (0, corner[0], corner[1])
+        seen = jax.lax.dynamic_slice(canvas, start, (kinds, side, side))
+        return jax.lax.dynamic_update_slice(canvas, seen + window, start), None
+
+    return jax.lax.scan(add, canvas, (windows, corners))[0]
+
+
+@jax.jit
+def _overlaps(windows: Float[Array, "column kind w w"], corners: Array, layers: Float[Array, "layer y x"]) -> Float[Array, "column kind layer"]:
+    """Sum over each window of every kind times every layer."""
+    side = windows.shape[-1]
+
+    def one(item):
+        window, corner = item
+        seen = jax.lax.dynamic_slice(layers, (0, corner[0], corner[1]), (len(layers), side, side))
+        return window.reshape(len(window), -1) @ seen.reshape(len(layers), -1).T
+
+    return jax.lax.map(one, (windows, corners), batch_size=64)
+
+
+class _Placed(NamedTuple):
+    """Where the columns stand in one image: window corners on the padded canvas (C, 2: y, x), offsets (C, 2: x, y) [Å], z (C,) [Å]."""
+
+    corners: np.ndarray
+    offsets: np.ndarray
+    z: np.ndarray
+
+
+def _place(parameters: dict, problem: Problem, i: int, half: int, pad: int) -> _Placed:
+    series = problem.series
+    px, shape = series.pixel_size, np.array(series.shape)
+    shift = np.array([parameters["shift_x"][i], parameters["shift_y"][i]])
+    at = np.stack([parameters["x"], parameters["y"]], 1) + shift
+    if series.periodic:
+        at = np.mod(at, shape[::-1] * px)
+    first = np.floor(at / px).astype(int) - half
+    low, high = np.array([-pad, -pad]), shape[::-1] + pad - (2 * half + 1)
+    first = np.clip(first, low, high)
+    nominal = np.asarray(series.defocus)
+    focus = float(parameters["focus_offset"]) + nominal.mean() + float(parameters["focus_step"]) * (nominal[i] - nominal.mean())
+    return _Placed(np.ascontiguousarray((first + pad)[:, ::-1]), at - first * px, focus - np.asarray(parameters["depth"]))
+
+
+def _fold(canvas: np.ndarray, pad: int, periodic: bool) -> np.ndarray:
+    """The image within the padding, with what a periodic image finds beyond its edges."""
+    if not periodic:
+        return canvas[:, pad:-pad, pad:-pad]
+    ny, nx = (n - 2 * pad for n in canvas.shape[1:])
+    out = np.zeros((len(canvas), ny, nx), canvas.dtype)
+    rows, cols = (np.arange(-pad, n + pad) % n for n in (ny, nx))
+    half = np.zeros((len(canvas), ny, canvas.shape[2]), canvas.dtype)
+    np.add.at(half, (slice(None), rows), canvas)
+    np.add.at(out, (slice(None), slice(None), cols), half)
+    return out
+
+
+def _unfold(layers: np.ndarray, pad: int, periodic: bool) -> np.ndarray:
+    width = [(0, 0), (pad, pad), (pad, pad)]
+    return np.pad(layers, width, mode="wrap") if periodic else np.pad(layers, width)
+
+
+def _plain(parameters: dict) -> dict:
+    return {k: np.asarray(v, float) for k, v in parameters.items()}
+
+
+def _draw(parameters: dict, problem: Problem, window: Window, placed: _Placed, derivatives: bool) -> Array:
+    return draw_windows(
+        problem.n_atoms, jnp.asarray(placed.z), jnp.asarray(placed.offsets), jnp.asarray(parameters["source_variance"], jnp.float32), problem.library, window.draw, derivatives, "source_variance" in problem.free
+    )
+
+
+def rates(parameters: dict, problem: Problem, windows: list[Window] | None = None) -> np.ndarray:
+    """Expected counts (F, ny, nx), float32."""
+    return evaluate(parameters, problem, windows, derivatives=False).rate
+
+
+def evaluate(
+    parameters: dict,
+    problem: Problem,
+    windows: list[Window] | None = None,
+    images: np.ndarray | None = None,
+    derivatives: bool = True,
+    progress: Callable = lambda items, **_: items,
+) -> Sums:
+    """Log-likelihood, expected counts, score and the nuisances' Fisher information, one image at a time.
+
+    Parameters
+    ----------
+    images : (m,) int, optional
+        Only these; the rest of `rate` stays zero.
+    derivatives : bool
+        Without, only log-likelihood and rate.
+    """
+    parameters = _plain(parameters)
+    series, periodic = problem.series, problem.series.periodic
+    windows = windows or plan_windows(problem.library, series, parameters["depth"])
+    n_columns, n_foci, (ny, nx) = len(problem.n_atoms), len(series.defocus), series.shape
+    field = field_of(parameters, problem.n_atoms)
+    scale = np.broadcast_to(np.asarray(series.dose, float), (n_foci,)) * series.pixel_size**2
+    gain, background = np.asarray(field.gain), np.asarray(field.background)
+    nominal = np.asarray(series.defocus)
+    variance = float(problem.read_variance)
+    score = {name: np.zeros(n_columns) for name in PER_COLUMN} | {name: np.zeros(n_foci) for name in PER_IMAGE} | dict.fromkeys(GLOBAL, 0.0)
+    k = len(PER_IMAGE) * n_foci + len(GLOBAL)
+    border, corner = np.zeros((3 * n_columns, k)), np.zeros((k, k))
+    rate = np.zeros((n_foci, ny, nx), np.float32)
+    total = 0.0
+    wanted = np.arange(n_foci) if images is None else np.asarray(images)
+    todo = [(w, int(i)) for w in windows for i in w.images if i in set(wanted.tolist())]
+    pad = 2 * max(w.half for w in windows) + 2
+    for window, i in progress(todo, desc="images", unit="image"):
+        placed = _place(parameters, problem, i, window.half, pad)
+        drawn = _draw(parameters, problem, window, placed, derivatives)
+        canvas = jnp.zeros((drawn.shape[1], ny + 2 * pad, nx + 2 * pad), jnp.float32)
+        corners = jnp.asarray(placed.corners)
+        layers = _fold(np.asarray(_paint(drawn, corners, canvas)), pad, periodic).astype(float)
+        signal = scale[i] * gain[i] * layers[0]
+        own_rate = np.maximum(signal + scale[i] * background[i], DARKEST)
+        rate[i] = own_rate
+        counts, used = np.asarray(problem.counts[i], float), np.asarray(problem.mask[i])
+        total += float(np.where(used, (counts + variance) * np.log(own_rate + variance) - own_rate, 0.0).sum())
+        if not derivatives:
+            continue
+        weight = used / (own_rate + variance)
+        residual = (counts - own_rate) * weight
+        unit = scale[i] * gain[i]
+        lever = nominal[i] - nominal.mean()
+        own = np.stack([
+            signal, np.full_like(signal, scale[i] * background[i]), unit * layers[2], unit * layers[3],
+            unit * layers[1], unit * layers[1] * lever, unit * layers[4] if len(layers) > 4 else np.zeros_like(signal),
+        ])
+        at = [j * n_foci + i for j in range(len(PER_IMAGE))] + [len(PER_IMAGE) * n_foci + j for j in range(len(GLOBAL))]
+        flat = own.reshape(len(own), -1)
+        corner[np.ix_(at, at)] += (flat * weight.ravel()) @ flat.T
+        own_score = flat @ residual.ravel()
+        for j, name in enumerate(PER_IMAGE):
+            score[name][i] += own_score[j]
+        for j, name in enumerate(GLOBAL):
+            score[name] += own_score[len(PER_IMAGE) + j]
+        seen = _unfold(np.concatenate([residual[None], own * weight]).astype(np.float32), pad, periodic)
+        sums = np.asarray(_overlaps(drawn[:, 1:4], corners, jnp.asarray(seen)), float) * unit
+        sums[:, 0] *= -1  # by depth: against defocus - depth
+        for j, name in enumerate(PER_COLUMN):
+            score[name] += sums[:, j, 0]
+            border[j * n_columns : (j + 1) * n_columns, at] += sums[:, j, 1:]
+    return Sums(total, rate, score, border, corner)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add_tile_products(
+    total: Float[Array, "tile r r"], drawn: Float[Array, "column kind w w"], members: Array, offsets: Array, weights: Float[Array, "tile p p"]
+) -> Float[Array, "tile r r"]:
+    """Total plus, for each tile, the sum over its pixels of weight x rows x rows, rows (member, kind) of the windows that reach it.
+
+    Windows come with a margin of a tile on each side; `offsets` (tile, member, 2) are where the tile begins in each.
+    """
+    kinds = drawn.shape[1]
+
+    def one(item):
+        total, members, offsets, weight = item
+        cut = lambda c, o: jax.lax.dynamic_slice(drawn, (c, 0, o[0], o[1]), (1, kinds, TILE, TILE))[0]
+        rows = jax.vmap(cut)(members, offsets).reshape(-1, TILE * TILE) * jnp.sqrt(weight).ravel()
+        return total + rows @ rows.T
+
+    return jax.lax.map(one, (total, members, offsets, weights))
+
+
+def column_information(
+    parameters: dict,
+    problem: Problem,
+    rate: np.ndarray,
+    windows: list[Window],
+    memory: float = 1.5e9,
+    amplitude: bool = False,
+    progress: Callable = lambda items, **_: items,
+) -> ArrowMatrix:
+    """Fisher information among the columns' (depth, x, y), block-tridiagonal over strips; border and corner left at zero.
+
+    Order of the full vector: all depths, all x, all y. With `amplitude` one row a column instead: a factor on its signal.
+
+    Parameters
+    ----------
+    memory : float
+        Bytes that tiles may hold at a time; the field is taken in bands of tiles for it.
+    """
+    parameters = _plain(parameters)
+    series, periodic = problem.series, problem.series.periodic
+    n_columns, n_foci, (ny, nx) = len(problem.n_atoms), len(series.defocus), series.shape
+    kinds = slice(0, 1) if amplitude else slice(1, 4)
+    n_kinds = 1 if amplitude else 3
+    xy = np.stack([parameters["x"], parameters["y"]], 1)
+    reach = (2 * max(w.half for w in windows) + 3) * series.pixel_size
+    axis = int(np.ptp(xy[:, 1]) > np.ptp(xy[:, 0]))
+    # a periodic field couples its first strip to its last: then one strip holds it all
+    parts = [np.arange(n_columns)] if periodic else strips(xy[:, axis], reach)
+    strip, row = np.empty(n_columns, int), np.empty(n_columns, int)
+    for s, part in enumerate(parts):
+        strip[part], row[part] = s, np.arange(len(part))
+    rows_of = lambda c: (row[c][:, None] * n_kinds + np.arange(n_kinds)).ravel()
+    diagonal = [np.zeros((n_kinds * len(p),) * 2) for p in parts]
+    lower = [np.zeros((n_kinds * len(b), n_kinds * len(a))) for a, b in zip(parts[:-1], parts[1:], strict=True)]
+    scale = np.broadcast_to(np.asarray(series.dose, float), (n_foci,)) * series.pixel_size**2
+    gain = np.exp(parameters["log_gain"])
+    sign = np.array([1.0]) if amplitude else np.array([-1.0, 1.0, 1.0])
+    variance = float(problem.read_variance)
+    pad = 2 * max(w.half for w in windows) + 2
+    jobs = []
+    for window in windows:
+        tiles = _tiles(parameters, problem, window.images, window, pad)
+        per_tile = 8.0 * (n_kinds * tiles[1].shape[1]) ** 2
+        bands = int(np.ceil(len(tiles[0]) * per_tile / memory))
+        jobs += [(window, part) for part in _split(tiles, bands)]
+    for window, (origins, members) in progress(jobs, desc="Fisher information", unit="band"):
+        here = np.unique(members[members >= 0])
+        place_in = np.full(n_columns, 0)
+        place_in[here] = np.arange(len(here))
+        sub = {k: v[here] if k in PER_COLUMN else v for k, v in parameters.items()}
+        small = _subset(problem, here)
+        own = np.where(members >= 0, place_in[members], 0)
+        total = jnp.zeros((len(members), n_kinds * members.shape[1], n_kinds * members.shape[1]), jnp.float32)
+        for i in window.images.tolist():
+            placed = _place(sub, small, i, window.half, pad)
+            drawn = _draw(sub, small, window, placed, not amplitude)[:, kinds]
+            drawn = jnp.pad(drawn, [(0, 1), (0, 0), (TILE, TILE), (TILE, TILE)])  # the last, all zero, stands for no member
+            weight = np.asarray(problem.mask[i]) / (np.maximum(rate[i].astype(float), DARKEST) + variance) * (scale[i] * gain[i]) ** 2
+            weight = np.pad(_unfold(weight[None], pad, periodic)[0], [(0, TILE), (0, TILE)])
+            if periodic:  # count each pixel once: only the image itself
+                weight[:pad], weight[pad + ny :], weight[:, :pad], weight[:, pad + nx :] = 0, 0, 0, 0
+            cut = weight[origins[:, 0, None, None] + np.arange(TILE)[:, None], origins[:, 1, None, None] + np.arange(TILE)]
+            offsets = _tile_offsets(origins, placed.corners[own], 2 * window.half + 1, (ny, nx) if periodic else None)
+            outside = (members < 0) | (offsets <= 0).any(-1) | (offsets >= 2 * window.half + 1 + TILE).any(-1)
+            ids = np.where(outside, len(here), own)
+            offsets = np.where(outside[..., None], 0, offsets)
+            total = _add_tile_products(total, drawn, jnp.asarray(ids), jnp.asarray(offsets), jnp.asarray(cut, jnp.float32))
+        flip = np.tile(sign, members.shape[1])
+        _scatter(np.asarray(total), np.outer(flip, flip), members, strip, rows_of, diagonal, lower, n_kinds)
+    order = np.concatenate([(np.arange(n_kinds) * n_columns + np.asarray(p)[:, None]).ravel() for p in parts])
+    k = 0 if amplitude else len(PER_IMAGE) * n_foci + len(GLOBAL)
+    return ArrowMatrix(order, diagonal, lower, np.zeros((len(order), k)), np.zeros((k, k)))
+
+
+def _subset(problem: Problem, columns: np.ndarray) -> Problem:
+    import equinox as eqx
+
+    return eqx.tree_at(lambda p: p.n_atoms, problem, jnp.asarray(np.asarray(problem.n_atoms)[columns]))
+
+
+def _tiles(parameters: dict, problem: Problem, images: np.ndarray, window: Window, pad: int):
+    """Corners of the tiles on the canvas (T, 2) and the columns that may reach each in any of these images (T, K), -1 for none."""
+    ny, nx = problem.series.shape
+    px = problem.series.pixel_size
+    origins = np.stack(np.meshgrid(np.arange(0, ny, TILE), np.arange(0, nx, TILE), indexing="ij"), -1).reshape(-1, 2)
+    at = np.stack([parameters["y"], parameters["x"]], 1) / px
+    moves = np.stack([np.asarray(parameters["shift_y"])[images], np.asarray(parameters["shift_x"])[images]], 1) / px
+    middle, wander = at + (moves.min(0) + moves.max(0)) / 2, np.ptp(moves, 0) / 2
+    members = []
+    for origin in origins:
+        away = abs(middle - origin - (TILE - 1) / 2)
+        if problem.series.periodic:
+            size = np.array([ny, nx])
+            away = np.minimum(np.mod(away, size), size - np.mod(away, size))
+        gap = np.maximum(away - (TILE - 1) / 2 - wander, 0)
+        members.append(np.flatnonzero(np.hypot(*gap.T) < window.half + 1))
+    full = [j for j, m in enumerate(members) if len(m)]
+    most = max((len(members[j]) for j in full), default=1)
+    table = np.full((len(full), most), -1)
+    for t, j in enumerate(full):
+        table[t, : len(members[j])] = members[j]
+    return origins[full] + pad, table
+
+
+def _split(tiles, bands: int):
+    """Tiles in bands, each with as many places for members as its own fullest tile needs."""
+    for part in np.array_split(np.arange(len(tiles[0])), max(1, bands)):
+        members = tiles[1][part]
+        yield tiles[0][part], members[:, : int((members >= 0).sum(1).max())]
+
+
+def _tile_offsets(origins: np.ndarray, corners: np.ndarray, side: int, wraps) -> np.ndarray:
+    """Where each tile begins in each member's window with its margin of one tile (T, K, 2)."""
+    offsets = origins[:, None] - corners + TILE
+    if wraps is not None:
+        middle = (side + TILE) / 2
+        size = np.array(wraps)
+        offsets = offsets - np.round((offsets - middle) / size).astype(int) * size
+    return offsets
+
+
+def _scatter(total, factor, members, strip, rows_of, diagonal, lower, n_kinds) -> None:
+    """Add each tile's products to the strips' blocks."""
+    for product, some in zip(total, members, strict=True):
+        some = some[some >= 0]
+        product = product * factor
+        local = np.arange(len(some))
+        of_strip = strip[some]
+        for s in np.unique(of_strip):
+            a = local[of_strip == s]
+            rows_a, here_a = rows_of(some[a]), (a[:, None] * n_kinds + np.arange(n_kinds)).ravel()
+            diagonal[s][np.ix_(rows_a, rows_a)] += product[np.ix_(here_a, here_a)]
+            b = local[of_strip == s + 1]
+            if len(b):
+                rows_b, here_b = rows_of(some[b]), (b[:, None] * n_kinds + np.arange(n_kinds)).ravel()
+                lower[s][np.ix_(rows_b, rows_a)] += product[np.ix_(here_b, here_a)]
+
+
+def information(parameters: dict, problem: Problem, windows: list[Window], sums: Sums, progress: Callable = lambda items, **_: items, **options) -> ArrowMatrix:
+    """Fisher information over columns and all nuisances, free or not: `select` takes the free ones."""
+    columns = column_information(parameters, problem, sums.rate, windows, progress=progress, **options)
+    return columns._replace(border=sums.border[columns.order], corner=sums.corner)
+
+
+def select(matrix: ArrowMatrix, problem: Problem) -> ArrowMatrix:
+    """Only the free parameters, in the order of `likelihood.to_vector`."""
+    n_columns, n_foci = len(problem.n_atoms), len(problem.series.defocus)
+    kept = []
+    for j, name in enumerate(PER_IMAGE):
+        if name in problem.free:
+            kept += list(range(j * n_foci, (j + 1) * n_foci))
+    kept += [len(PER_IMAGE) * n_foci + j for j, name in enumerate(GLOBAL) if name in problem.free]
+    matrix = matrix._replace(border=matrix.border[:, kept], corner=matrix.corner[np.ix_(kept, kept)])
+    if "x" in problem.free:
+        return matrix
+    order, diagonal, lower, border = matrix.order, [], [], []
+    keep = [np.flatnonzero(order[a:b] < n_columns) for a, b in zip(matrix.starts()[:-1], matrix.starts()[1:], strict=True)]
+    at = matrix.starts()
+    for s, k in enumerate(keep):
+        diagonal.append(matrix.diagonal[s][np.ix_(k, k)])
+        border.append(matrix.border[at[s] + k])
+        if s + 1 < len(keep):
+            lower.append(matrix.lower[s][np.ix_(keep[s + 1], k)])
+    return ArrowMatrix(np.concatenate([order[at[s] + k] for s, k in enumerate(keep)]), diagonal, lower, np.concatenate(border), matrix.corner)
+
+
+def gauge(problem: Problem) -> np.ndarray:
+    """Precision (k, k) over the free nuisances that holds the mean image shift at zero."""
+    n_foci = len(problem.series.defocus)
+    names = [name for name in PER_IMAGE if name in problem.free]
+    k = len(names) * n_foci + sum(name in problem.free for name in GLOBAL)
+    precision = np.zeros((k, k))
+    for j, name in enumerate(names):
+        if name.startswith("shift"):
+            precision[j * n_foci : (j + 1) * n_foci, j * n_foci : (j + 1) * n_foci] = 1 / (n_foci * MEAN_SHIFT_SD) ** 2
+    return precision
+
+
+def maximum(problem: Problem, progress: Callable = lambda items, **_: items) -> Estimate:
+    """Joint maximum with its covariance, as `likelihood.maximum`, for fields too large for its dense matrices."""
+    return estimate_at(find_mode(problem, progress), problem, progress)
+
+
+def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, close: float = CLOSE, max_iterations: int = 20, before: Mode | None = None) -> Mode:
+    """Joint maximum to `close` standard deviations, root mean square over parameters.
+
+    The Fisher matrix, the dear part, is kept as long as steps predict their gain well: from the mode `before` atom numbers were mended, too.
+    """
+    parameters = _plain(problem.start)
+    names = parameter_names(problem)
+    prior = _prior(problem)
+    limit = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in names])
+    slope = jax.jit(jax.grad(lambda v: log_prior(from_vector(v, problem), problem)))
+    if not np.any(parameters["depth"]):
+        windows = plan_windows(problem.library, problem.series, np.array([-70.0, 70.0]))
+        tried = [parameters | {"depth": parameters["depth"] + d} for d in np.arange(-60, 61, 20.0)]
+        parameters = max(progress(tried, desc="common depth", unit="depth"), key=lambda p: evaluate(p, problem, windows, np.arange(len(problem.series.defocus))[::4], derivatives=False).log_likelihood)
+    spread = np.array([parameters["depth"].min() - 30, parameters["depth"].max() + 30])
+    windows = plan_windows(problem.library, problem.series, spread)
+    current = evaluate(parameters, problem, windows)
+    value = current.log_likelihood + float(log_prior(parameters, problem))
+    converged, iteration, factor, damping = False, 0, before.curvature if before else None, 1e-6
+    for iteration in progress(range(max_iterations), desc="joint fit", unit="step"):
+        if factor is None:
+            matrix = select(information(parameters, problem, windows, current), problem)
+            factor = ArrowFactor(plus_diagonal(matrix, prior + damping * _diagonal(matrix), gauge(problem)))
+        vector = to_vector(parameters, problem)
+        score = np.concatenate([np.ravel(current.score[n]) for n in problem.free]) + np.asarray(slope(jnp.asarray(vector)))
+        newton = factor.solve(score)
+        step = np.clip(newton, -limit, limit)
+        trial = _plain(from_vector(vector + step, problem))
+        moved = evaluate(trial, problem, windows)
+        gained = moved.log_likelihood + float(log_prior(trial, problem)) - value
+        if gained > 0:
+            parameters, current, value = trial, moved, value + gained
+        # for a quadratic the score predicts twice the gain, which is half the squared distance to the maximum in standard deviations
+        expected = float(step @ score) / 2
+        if expected < close**2 * len(vector) / 2:
+            converged = True
+            break
+        if gained < 0.5 * expected or np.any(abs(newton) > limit):
+            factor, damping = None, min(100.0, 30 * damping) if gained < 0 else damping / 3
+    return Mode({k: jnp.asarray(v) for k, v in parameters.items()}, value, iteration + 1, converged, factor)
+
+
+def estimate_at(mode: Mode, problem: Problem, progress: Callable = lambda items, **_: items) -> Estimate:
+    """Covariance at a mode, from all images."""
+    windows = plan_windows(problem.library, problem.series, np.asarray(mode.parameters["depth"]))
+    current = evaluate(mode.parameters, problem, windows)
+    matrix = select(information(mode.parameters, problem, windows, current, progress=progress), problem)
+    factor = ArrowFactor(plus_diagonal(matrix, _prior(problem), gauge(problem)))
+    return Estimate(mode.parameters, factor.variances(), factor, matrix, parameter_names(problem), mode.log_posterior, mode.iterations, mode.converged)
+
+
+def _prior(problem: Problem) -> np.ndarray:
+    return np.array([BACKGROUND_SHAPE if n == "log_background" else PRIOR_SD[n] ** -2 for n, _ in parameter_names(problem)])
+
+
+def _diagonal(matrix: ArrowMatrix) -> np.ndarray:
+    out = np.empty(matrix.size)
+    out[matrix.order] = np.concatenate([np.diag(d) for d in matrix.diagonal])
+    out[len(matrix.order) :] = np.diag(matrix.corner)
+    return out
+
+
+def column_bounds(estimate: Estimate, problem: Problem) -> np.ndarray:
+    """Cramér-Rao bound on the depth of each column (C,) [Å] at an estimate, no prior but the gauge, as `likelihood.column_bounds`.
+
+    A part in 10^10 is added to the diagonal for directions that no image informs.
+    """
+    matrix = estimate.information
+    return np.sqrt(ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix), gauge(problem))).variances()[: len(problem.n_atoms)])
+
+
+def column_amplitudes(parameters: dict, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """Factor on each column's signal that the stack asks for, and its standard deviation (C,); backgrounds held at the fit's."""
+    windows = plan_windows(problem.library, problem.series, np.asarray(parameters["depth"]))
+    plain = _plain(parameters)
+    current = evaluate(parameters, problem, windows, derivatives=False)
+    matrix = column_information(parameters, problem, current.rate, windows, amplitude=True)
+    pad = 2 * max(w.half for w in windows) + 2
+    series = problem.series
+    scale = np.broadcast_to(np.asarray(series.dose, float), np.shape(series.defocus)) * series.pixel_size**2 * np.exp(plain["log_gain"])
+    score = np.zeros(len(problem.n_atoms))
+    for window in windows:
+        for i in window.images:
+            placed = _place(plain, problem, int(i), window.half, pad)
+            drawn = _draw(plain, problem, window, placed, False)
+            residual = np.asarray(problem.mask[i]) * (np.asarray(problem.counts[i], float) - current.rate[i]) / (current.rate[i] + float(problem.read_variance))
+            seen = _unfold(residual[None].astype(np.float32), pad, series.periodic)
+            score += scale[i] * np.asarray(_overlaps(drawn, jnp.asarray(placed.corners), jnp.asarray(seen)), float)[:, 0, 0]
+    factor = ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix)))
+    return 1 + factor.solve(score), np.sqrt(factor.variances())

@@ -1,0 +1,120 @@
+"""Time and memory of `depthprob reconstruct` against the number of columns.
+
+    python tests/benchmarks/large_fields.py LIBRARY.npz FOLDER [columns ...]
+
+Makes the rounded tip of a gold nanorod along [001] of about so many columns (default 500, 1500, 6000) and up to LIBRARY's number of
+atoms, by superposition of that library: it tests size, not truth. LIBRARY for 45 atoms: `depthprob library` with thermal.model
+"absorptive" and inference.max_atoms 45. Then reconstructs each in a process of its own and prints seconds, memory and depth errors;
+FOLDER/large_fields.png shows time and memory.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+CONFIG = """
+[focal_series]
+pixel_size_A = 0.51
+[thermal]
+model = "absorptive"
+[inference]
+method = "laplace"
+samples = 100
+"""
+
+
+def rod(n_columns: int, n_max: int, spacing: float = 4.08):
+    """Positions (C, 2), atoms and depths of the columns of a rod lying along x with a hemispherical end; as thick as the library allows."""
+    radius = (n_max - 2) * spacing / 2
+    width = min(radius, np.sqrt(n_columns * 8.32 / 2.6))  # narrower than the cylinder for small fields: the middle of it
+    length = n_columns * 8.32 / (2 * width)
+    i, j = np.meshgrid(np.arange(int(length / 2.04)), np.arange(-int(width / 2.04), int(width / 2.04) + 1))
+    keep = (i + j) % 2 == 0
+    x, y = 2.04 * i[keep], 2.04 * j[keep]
+    tip = np.minimum(x - radius, 0.0) if n_columns > 2000 else 0 * x
+    half = np.sqrt(np.maximum(radius**2 - y**2 - tip**2, 0))
+    rng = np.random.default_rng(1)
+    top = -half + rng.uniform(0, 3, len(x))
+    phase = ((i[keep] + 0) % 2) * spacing / 2
+    first = np.ceil((top - phase) / spacing) * spacing + phase
+    n = np.floor((half - first) / spacing).astype(int) + 1
+    ok = (n >= 2) & (n <= n_max)
+    return np.stack([x, y + width], 1)[ok] + 16.0, n[ok], (first + (n - 1) * spacing / 2)[ok]
+
+
+def make(library_path: Path, folder: Path, n_columns: int) -> Path:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from depthprob.inference import local
+    from depthprob.inference.likelihood import make_problem
+    from depthprob.physics.focal_series import Field, FocalSeries
+    from depthprob.physics.library import ColumnLibrary
+
+    library = ColumnLibrary.load(library_path)
+    positions, n, depths = rod(n_columns, library.n_max)
+    defocus = np.arange(-200, 201, 10.0)
+    shape = tuple(int(np.ceil((positions[:, a].max() + 16) / 0.51)) for a in (1, 0))
+    rng = np.random.default_rng(0)
+    drift = np.cumsum(rng.normal(0, 0.15, (41, 2)), 0)
+    drift -= drift.mean(0)
+    series = FocalSeries(defocus, 0.51, np.full(41, 9612.0), shape, False)
+    field = Field(positions, n, depths, np.full(41, 1e-4), np.ones(41), drift)
+    problem = make_problem(np.zeros((41, *shape)), field, library, series, dense=False)
+    counts = rng.poisson(local.rates(problem.start, problem))
+    path = folder / f"rod_{n_columns}.npz"
+    np.savez_compressed(path, stack=counts.astype(np.uint16), defocus_A=defocus, pixel_size_A=0.51, columns=np.column_stack([positions, n, depths]), drift_A=drift)
+    return path
+
+
+def main(library: str, folder: str, *numbers: str) -> None:
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    config = folder / "rod.toml"
+    config.write_text(CONFIG)
+    rows = []
+    for number in map(int, numbers or ("500", "1500", "6000")):
+        stack = make(Path(library), folder, number)
+        out = folder / f"out_{number}"
+        command = [sys.executable, "-m", "depthprob.cli", "reconstruct", str(stack), "--config", str(config), "-o", str(out), "--library", library]
+        start = time.perf_counter()
+        process = subprocess.Popen(command)
+        peak = 0.0
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status")
+            try:
+                peak = max(peak, next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1e6)
+            except (OSError, StopIteration):
+                pass
+            time.sleep(0.5)
+        if process.returncode:
+            raise SystemExit(f"reconstruct failed for {number} columns")
+        seconds = time.perf_counter() - start
+        truth = np.load(stack)["columns"]
+        table = np.genfromtxt(out / "columns.csv", delimiter=",", names=True)
+        gap = np.hypot(table["x_A"][:, None] - truth[:, 0], table["y_A"][:, None] - truth[:, 1])
+        match, near = gap.argmin(1), gap.min(1) < 0.7
+        error = (table["depth_A"] - truth[match, 3])[near]
+        rows.append({
+            "columns": len(truth), "found": int(near.sum()), "seconds": round(seconds, 1), "GB": round(peak, 2),
+            "counts right": round(float((table["n_atoms"] == truth[match, 2])[near].mean()), 4),
+            "depth rms (A)": round(float(np.sqrt(np.mean(error**2))), 3), "error / sd, rms": round(float(np.sqrt(np.mean((error / table["depth_sd_A"][near]) ** 2))), 3),
+            "stages": json.loads((out / "provenance.json").read_text())["seconds"],
+        })
+        print(json.dumps(rows[-1], indent=1), flush=True)
+    if len(rows) > 1:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 3), layout="constrained")
+        for ax, key, unit in zip(figure.subplots(1, 2), ("seconds", "GB"), ("s", "GB"), strict=True):
+            ax.plot([r["columns"] for r in rows], [r[key] for r in rows], "o-", color="#0072B2")
+            ax.set(xlabel="columns", ylabel=f"{'time' if key == 'seconds' else 'memory'} ({unit})", xlim=(0, None), ylim=(0, None))
+        figure.savefig(folder / "large_fields.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
