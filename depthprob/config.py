@@ -4,6 +4,7 @@ One frozen dataclass per section, one field per key, the unit in the key. Whatev
 default written here; an unknown key or section is an error.
 """
 
+import csv
 import dataclasses
 import difflib
 import math
@@ -270,6 +271,8 @@ class FocalSeriesConfig:
     signal: str = _key("counts", _choice(("counts", "fraction", "raw")))
     periodic: bool = _key(False, _flag)
     field_of_view_A: float = _key(12.0, _positive)
+    foci_table: str | None = _key(None, _text)
+    image_files: tuple[str, ...] | None = _key(None, _list_of(_text))
 
     @property
     def defocus(self) -> np.ndarray:
@@ -314,6 +317,11 @@ class FocalSeriesConfig:
             raise InputError(
                 f"focal_series.dose_e_per_A2 lists {len(self.dose_e_per_A2)} doses for {len(self.defocus)} foci; "
                 "allowed is one number, or one for every image."
+            )
+        if self.image_files is not None and len(self.image_files) != len(self.defocus):
+            raise InputError(
+                f"focal_series.image_files names {len(self.image_files)} files for {len(self.defocus)} foci; "
+                "allowed is one file for every focus, in the same order."
             )
 
     def _validate_range(self) -> None:
@@ -527,6 +535,62 @@ def _read_section(section: str, raw: Any) -> Any:
     return read
 
 
+def read_foci_table(path: Path) -> dict[str, list[Any]]:
+    """The columns of a table of foci, a row (CSV) or a list's entry (TOML) an image.
+
+    Columns are defocus_A and, optional, file and dose_e_per_A2; returned under the names of [focal_series].
+
+    Raises
+    ------
+    InputError
+        No such file, unknown or missing columns, rows of unequal length, text where a number belongs.
+    """
+    known = {"defocus_A": "defocus_A", "dose_e_per_A2": "dose_e_per_A2", "file": "image_files"}
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read foci_table {str(path)!r}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text ({error.reason}). Save it as UTF-8.") from None
+    if path.suffix.lower() == ".toml":
+        try:
+            columns = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path} is no valid TOML: {error}.") from None
+        for name, values in columns.items():
+            if not isinstance(values, list):
+                raise _fail(f"{path}: {name}", values, "a list with one entry for every image")
+    else:
+        rows = [row for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
+        names = [cell.strip() for cell in rows[0]] if rows else []
+        uneven = [i for i, row in enumerate(rows) if len(row) != len(names)]
+        if uneven:
+            raise InputError(f"{path}: row {uneven[0] + 1} has {len(rows[uneven[0]])} cells; allowed are {len(names)}, as in the first row.")
+        columns = {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(names)}
+    for name in columns:
+        if name not in known:
+            raise InputError(f"{path}: unknown column {name!r}. {_nearest(name, known)}")
+    if not columns.get("defocus_A"):
+        raise InputError(f"{path} has the columns {list(columns)}; needed is defocus_A with a focus for every image. Name it in the first row.")
+    for name in known.keys() - {"file"} & columns.keys():
+        try:
+            columns[name] = [float(value) for value in columns[name]]
+        except (TypeError, ValueError):
+            raise InputError(f"{path}: {name} holds {columns[name]!r}; allowed are numbers.") from None
+    return {known[name]: values for name, values in columns.items()}
+
+
+def _with_foci_table(table: Any, folder: Path) -> Any:
+    """[focal_series] with what its foci_table says."""
+    if not isinstance(table, Mapping) or not isinstance(table.get("foci_table"), str):
+        return table
+    found = read_foci_table(folder / Path(table["foci_table"]).expanduser())
+    rivals = [k for k in table if k in found or (k.startswith("defocus_") and "defocus_A" in found)]
+    if rivals:
+        raise InputError(f"[focal_series] gives both foci_table and {rivals[0]}; allowed is one. Remove the other.")
+    return {**table, **found}
+
+
 def config_from_dict(raw: Mapping[str, Any], folder: str | Path = ".") -> Config:
     """Config from sections of keys, as `tomllib` reads them.
 
@@ -539,6 +603,8 @@ def config_from_dict(raw: Mapping[str, Any], folder: str | Path = ".") -> Config
     for section in raw:
         if section not in SECTIONS:
             raise InputError(f"unknown section [{section}]. {_nearest(section, SECTIONS)}")
+    if "focal_series" in raw:
+        raw = {**raw, "focal_series": _with_foci_table(raw["focal_series"], Path(folder))}
     sections = {section: _read_section(section, table) for section, table in raw.items()}
     config = Config(**sections, folder=Path(folder))
     for name, value in {

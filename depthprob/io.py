@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import re
 import secrets
 import struct
 import zipfile
@@ -89,6 +90,12 @@ class _Content(NamedTuple):
 def read_stack(path: str | Path, config: Config) -> Stack:
     """Read a focal series, check it against the config and convert its signal to counts.
 
+    Parameters
+    ----------
+    path : path
+        One file with all images, or a folder with one file for each focus: those named in the config's
+        focal_series.image_files or foci_table, else all of them in natural order of their names (2 before 10).
+
     Returns
     -------
     Stack
@@ -105,10 +112,7 @@ def read_stack(path: str | Path, config: Config) -> Stack:
     path = Path(path)
     if not path.exists():
         raise InputError(f"no stack file {str(path)!r}. Give the path of a focal series.")
-    if path.is_dir():
-        raise InputError(f"{str(path)!r} is a folder; a stack is one file.")
-    reader = _READERS.get(path.suffix.lower(), _read_rosettasciio)
-    content = reader(path)
+    content = _read_folder(path, config) if path.is_dir() else _read_file(path)
     _check_against_config(path, content, config)
     values = _checked_values(path, content.stack, config)
     series, detector = config.focal_series, config.detector
@@ -120,6 +124,47 @@ def read_stack(path: str | Path, config: Config) -> Stack:
         _check_not_negative(path, values, config)
     metadata = {"file": path.name, "signal": series.signal, "dose_e_per_A2": series.dose}
     return Stack(values, series.defocus, series.pixel_size_A, metadata)
+
+
+def _read_file(path: Path, ndim: int = 3) -> _Content:
+    reader = _READERS.get(path.suffix.lower(), _read_rosettasciio)
+    return reader(path, ndim)
+
+
+def _read_folder(folder: Path, config: Config) -> _Content:
+    """One image a file; pixel size, focus and dose wherever every file states them."""
+    names = config.focal_series.image_files
+    if names is not None:
+        paths = [folder / Path(name).name if (folder / Path(name).name).is_file() else folder / name for name in names]
+        missing = [str(p) for p in paths if not p.is_file()]
+        if missing:
+            raise InputError(f"{len(missing)} of {len(paths)} images named in the config are not in {str(folder)!r}; the first is {missing[0]!r}.")
+    else:
+        paths = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.suffix.lower() not in (".csv", ".toml", ".txt", ".md")]
+        paths.sort(key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", p.name.lower())])
+        foci = len(config.focal_series.defocus)
+        if len(paths) != foci:
+            shown = ", ".join(p.name for p in paths[:5]) + (", ..." if len(paths) > 5 else "")
+            raise InputError(
+                f"{str(folder)!r} holds {len(paths)} image files ({shown}), but the config's focal_series has {foci} foci. Leave only one "
+                "file for each focus, or name them in focal_series.image_files or a foci_table (columns file, defocus_A)."
+            )
+    images = [_read_file(p, 2) for p in paths]
+    shapes = [i.stack.shape for i in images]
+    odd = next((k for k, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if odd is not None:
+        raise InputError(f"{paths[odd]} has {shapes[odd]} pixels, {paths[0]} has {shapes[0]}; allowed is one size. Crop the images alike.")
+
+    def gathered(name: str) -> np.ndarray | None:
+        values = [getattr(i, name) for i in images]
+        return None if any(v is None for v in values) else np.array([np.ravel(v)[0] for v in values], float)
+
+    pixels = gathered("pixel_size_A")
+    if pixels is not None and np.ptp(pixels) > 1e-4 * pixels[0]:
+        odd = int(np.argmax(abs(pixels - pixels[0])))
+        raise InputError(f"{paths[odd]} has pixels of {pixels[odd]:g} Å, {paths[0]} of {pixels[0]:g} Å; allowed is one size. Resample the images.")
+    pixel = None if pixels is None else float(pixels[0])
+    return _Content(np.stack([i.stack for i in images]), gathered("defocus_A"), pixel, gathered("dose_e_per_A2"))
 
 
 @contextlib.contextmanager
@@ -145,12 +190,14 @@ def _memory_bytes() -> float:
         return math.inf
 
 
-def _check_shape(path: Path, shape: Sequence[int], dtype: np.dtype) -> None:
-    """Refuse from the header alone what cannot be a stack or cannot be held as float64."""
-    if len(shape) != 3 or 0 in shape:
+def _check_shape(path: Path, shape: Sequence[int], dtype: np.dtype, ndim: int) -> None:
+    """Refuse from the header alone what cannot be a stack (an image, where `ndim` is 2) or cannot be held as float64."""
+    if len(shape) != ndim or 0 in shape:
+        if ndim == 2:
+            raise InputError(f"{path}: the image has shape {tuple(shape)}; allowed is (y, x) in each file of a folder, none empty.")
         raise InputError(
             f"{path}: the stack has shape {tuple(shape)}; allowed is (defocus, y, x), three dimensions, none empty. "
-            "Save the images of all foci as one array."
+            "Save the images of all foci as one array, or give a folder with a file for each focus."
         )
     if dtype.kind not in "uif":
         raise InputError(
@@ -197,7 +244,7 @@ def _missing_stack(path: Path, names: Sequence[str]) -> InputError:
     )
 
 
-def _read_npz(path: Path) -> _Content:
+def _read_npz(path: Path, ndim: int = 3) -> _Content:
     faults = (
         zipfile.BadZipFile,
         zlib.error,
@@ -232,7 +279,7 @@ def _read_npz(path: Path) -> _Content:
                 return None
             shape, dtype = header(name)
             if name == "stack":
-                _check_shape(path, shape, dtype)
+                _check_shape(path, shape, dtype, ndim)
             elif math.prod(shape) > 1_000_000:
                 raise InputError(
                     f"{path}: {name} has shape {tuple(shape)}; allowed is one value for every image."
@@ -245,14 +292,14 @@ def _read_npz(path: Path) -> _Content:
         return _content(path, stack, load)
 
 
-def _read_hdf5(path: Path) -> _Content:
+def _read_hdf5(path: Path, ndim: int = 3) -> _Content:
     import h5py
 
     with _naming(path, OSError, KeyError, RuntimeError, ValueError), h5py.File(path, "r") as file:
         stack = file.get("stack")
         if not isinstance(stack, h5py.Dataset):
             raise _missing_stack(path, list(file))
-        _check_shape(path, stack.shape, stack.dtype)
+        _check_shape(path, stack.shape, stack.dtype, ndim)
 
         def get(name: str) -> Any:
             value = file.get(name)
@@ -263,7 +310,7 @@ def _read_hdf5(path: Path) -> _Content:
         return _content(path, stack[()], get)
 
 
-def _read_netcdf(path: Path) -> _Content:
+def _read_netcdf(path: Path, ndim: int = 3) -> _Content:
     import xarray
 
     with _naming(path, OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError):
@@ -274,9 +321,10 @@ def _read_netcdf(path: Path) -> _Content:
             if "stack" not in data:
                 raise _missing_stack(path, [str(name) for name in data.variables])
             stack = data["stack"]
-            if set(stack.dims) == {"defocus", "y", "x"}:
-                stack = stack.transpose("defocus", "y", "x")
-            _check_shape(path, stack.shape, stack.dtype)
+            wanted = ("defocus", "y", "x")[3 - ndim :]
+            if set(stack.dims) == set(wanted):
+                stack = stack.transpose(*wanted)
+            _check_shape(path, stack.shape, stack.dtype, ndim)
 
             def get(name: str) -> Any:
                 if name in data.variables:
@@ -291,7 +339,7 @@ def _starts_with(path: Path, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
-def _read_tiff(path: Path) -> _Content:
+def _read_tiff(path: Path, ndim: int = 3) -> _Content:
     import tifffile
 
     faults = (
@@ -315,7 +363,7 @@ def _read_tiff(path: Path) -> _Content:
             raise InputError(
                 f"{path}: holds colour images; allowed is one number a pixel. Export in greyscale."
             )
-        _check_shape(path, series.shape, np.dtype(series.dtype))
+        _check_shape(path, series.shape, np.dtype(series.dtype), ndim)
         needed = max(
             offset + length
             for page in series.pages
@@ -338,7 +386,7 @@ def _read_tiff(path: Path) -> _Content:
         return _Content(series.asarray(), pixel_size_A=pixel_size)
 
 
-def _read_rosettasciio(path: Path) -> _Content:
+def _read_rosettasciio(path: Path, ndim: int = 3) -> _Content:
     """Any other format, through RosettaSciIO; one three-dimensional data set of images."""
     try:
         import rsciio
@@ -367,14 +415,13 @@ def _read_rosettasciio(path: Path) -> _Content:
         except InputError:
             if plugin is plugins[-1]:
                 raise
-    stacks = [s for s in signals if np.ndim(s["data"]) == 3]
+    stacks = [s for s in signals if np.ndim(s["data"]) == ndim]
     if len(stacks) != 1:
         shapes = [np.shape(s["data"]) for s in signals]
-        raise InputError(
-            f"{path}: holds data of shapes {shapes}; allowed is exactly one (defocus, y, x) stack."
-        )
+        wanted = "(defocus, y, x) stack" if ndim == 3 else "(y, x) image"
+        raise InputError(f"{path}: holds data of shapes {shapes}; allowed is exactly one {wanted}.")
     data, axes = np.asarray(stacks[0]["data"]), stacks[0]["axes"]
-    _check_shape(path, data.shape, data.dtype)
+    _check_shape(path, data.shape, data.dtype, ndim)
     return _Content(data, *_axes_of_rosettasciio(path, axes))
 
 
@@ -408,20 +455,20 @@ def _axes_of_rosettasciio(
         abs(float(axis["scale"])) * LENGTHS_A[unit] if unit in LENGTHS_A else None
         for axis, unit in zip(axes, units, strict=True)
     ]
-    height, width = lengths[1:]
+    height, width = lengths[-2:]
     if height is not None and width is not None and not math.isclose(height, width, rel_tol=1e-3):
         raise InputError(
             f"{path}: pixels are {height:g} Å high and {width:g} Å wide; allowed are square pixels. Resample the images."
         )
     defocus = None
-    if "focus" in str(axes[0].get("name")).lower() and units[0] in LENGTHS_A:
+    if len(axes) == 3 and "focus" in str(axes[0].get("name")).lower() and units[0] in LENGTHS_A:
         steps = np.arange(int(axes[0]["size"]))
         first, step = float(axes[0]["offset"]), float(axes[0]["scale"])
         defocus = (first + step * steps) * LENGTHS_A[units[0]]
     return defocus, width if height is not None else None
 
 
-_READERS: dict[str, Callable[[Path], _Content]] = {
+_READERS: dict[str, Callable[[Path, int], _Content]] = {
     ".npz": _read_npz,
     ".h5": _read_hdf5,
     ".hdf5": _read_hdf5,

@@ -113,7 +113,7 @@ def test_raw_values_become_counts_by_offset_and_gain(tmp_path, counts):
 
 def test_missing_files_and_folders_are_named(tmp_path):
     assert "no stack file" in fault(tmp_path / "none.npz")
-    assert "is a folder" in fault(tmp_path)
+    assert "holds 0 image files" in fault(tmp_path)
 
 
 def test_the_array_must_be_named_stack(tmp_path, counts):
@@ -250,6 +250,66 @@ def test_an_unknown_format_is_an_input_error(tmp_path):
     fault(tmp_path / "stack.docx")
 
 
+def write_images(folder, counts, names):
+    import tifffile
+
+    folder.mkdir()
+    for name, image in zip(names, counts, strict=True):
+        tifffile.imwrite(folder / name, image.astype(np.float32))
+    return folder
+
+
+def test_a_folder_of_images_is_read_in_natural_order(tmp_path, counts):
+    folder = write_images(tmp_path / "s", counts[[2, 0, 1]], ["focus_10.tif", "focus_1.tif", "focus_2.tif"])
+    (folder / "notes.txt").write_text("not an image")
+    np.testing.assert_array_equal(io.read_stack(folder, settings()).data, counts)
+    (folder / "focus_3.tif").write_bytes((folder / "focus_1.tif").read_bytes())
+    message = fault(folder)
+    assert "4 image files" in message and "3 foci" in message
+
+
+def test_a_folder_with_images_of_two_sizes_names_the_odd_one(tmp_path, counts):
+    folder = write_images(tmp_path / "s", [counts[0], counts[1], counts[2][:, 1:]], ["a.tif", "b.tif", "c.tif"])
+    assert "c.tif" in fault(folder) and "(5, 3)" in fault(folder)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "toml"])
+def test_a_table_of_foci_names_files_foci_and_doses(tmp_path, counts, suffix):
+    folder = write_images(tmp_path / "s", counts, ["c.tif", "a.tif", "b.tif"])
+    table = tmp_path / f"foci.{suffix}"
+    if suffix == "csv":
+        table.write_text("file,defocus_A,dose_e_per_A2\nc.tif,-30,100\na.tif, 0.5,200\nb.tif,12,300\n")
+    else:
+        table.write_text('file = ["c.tif", "a.tif", "b.tif"]\ndefocus_A = [-30, 0.5, 12]\ndose_e_per_A2 = [100, 200, 300]\n')
+    read = lambda **more: config_from_dict({"focal_series": {"foci_table": table.name, "pixel_size_A": 0.2} | more}, tmp_path)
+    stack = io.read_stack(folder, read())
+    np.testing.assert_array_equal(stack.data, counts)
+    np.testing.assert_array_equal(stack.defocus_A, [-30, 0.5, 12])
+    np.testing.assert_array_equal(stack.metadata["dose_e_per_A2"], [100, 200, 300])
+    with pytest.raises(InputError, match="both foci_table and defocus_A"):
+        read(defocus_A=[1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("file,defocus\na,1\n", "Did you mean 'defocus_A'"), ("file\na.tif\n", "needed is defocus_A"), ("defocus_A\nten\n", "allowed are numbers"),
+     ("defocus_A,file\n1\n", "row 2 has 1 cells"), ("", "needed is defocus_A"), ("defocus_A\nnan\n", "finite")],
+)  # fmt: skip
+def test_a_faulty_table_of_foci_says_what_is_wrong(tmp_path, text, said):
+    (tmp_path / "f.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        config_from_dict({"focal_series": {"foci_table": "f.csv"}}, tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of trial data")
+def test_single_images_of_microscopes_are_read_from_a_folder(tmp_path):
+    pytest.importorskip("rsciio")
+    for k in range(3):
+        (tmp_path / f"{k}.dm3").write_bytes((SHARED / "files" / "rsciio_test_STEM_image.dm3").read_bytes())
+    content = io._read_folder(tmp_path, settings())
+    assert content.stack.shape[0] == 3 and content.pixel_size_A > 0
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of trial data")
 def test_the_trial_particle_is_read():
     config = config_from_dict({"focal_series": {"pixel_size_A": 0.204, "periodic": True}})
@@ -262,7 +322,7 @@ def test_the_trial_particle_is_read():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("ncem_08_carbon.dm3", "exactly one (defocus, y, x) stack"),
+        ("rsciio_test_STEM_image.dm3", "exactly one (defocus, y, x) stack"),
         ("ncem_dmTest_3D_int16_64-65-66.dm3", "30 Å high and 0.02 Å wide"),
         ("rsciio_prismatic_Si100_3D.emd", "mrad"),
         ("rsciio_velox_tem_stack.emd", "2 images"),
