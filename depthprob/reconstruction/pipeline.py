@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..config import Config, read_config
 from ..errors import InputError
+from ..inference.counts import depth_shifts, marginal_draws, mean_square_shift
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
 from ..inference import likelihood, local
 from ..inference.likelihood import field_of, goodness_of_fit, make_problem
@@ -398,13 +399,17 @@ def reconstruct(
     result = infer(problem, method, key, config.inference.samples, config.inference.chains, estimate=estimate, progress_bar=not quiet)
     bound = fit.column_bounds(estimate, problem)
     model_sd = np.nan_to_num(library.depth_error[n_now - 1])
+    background = np.exp(parameters["log_background"])
+    moves = depth_shifts(library, defocus, dose, background, float(np.median(parameters["depth"])))
     if result.draws is None:
-        depth, depth_sd = parameters["depth"], np.hypot(estimate.sd("depth"), model_sd)
+        moved = mean_square_shift(n_now, recount.probability, moves)
+        depth, depth_sd = parameters["depth"], np.sqrt(estimate.sd("depth") ** 2 + model_sd**2 + moved)
         low, high = depth - 1.6449 * depth_sd, depth + 1.6449 * depth_sd
     else:
         draws = result.of("depth").reshape(-1, len(n_now))
         rng = np.random.default_rng(config.inference.seed)
         draws = draws + model_sd * rng.standard_normal(draws.shape)  # the library's own Monte-Carlo error
+        draws = marginal_draws(draws, n_now, recount.probability, moves, rng)
         depth, depth_sd = draws.mean(0), draws.std(0)
         low, high = np.quantile(draws, [0.05, 0.95], axis=0)
     if abs(depth - baseline.depth)[np.isfinite(baseline.depth)].max(initial=0) > 15:

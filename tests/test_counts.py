@@ -1,0 +1,67 @@
+"""Depths under uncertain counts, against whole fits with the wrong count."""
+
+import dataclasses
+from importlib import resources
+
+import jax
+import numpy as np
+import pytest
+
+from depthprob.inference.counts import REACH, depth_shifts, marginal_draws, mean_square_shift
+from depthprob.inference.likelihood import make_problem, maximum
+from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
+from depthprob.physics.library import ColumnLibrary
+
+DEFOCUS = np.arange(-160.0, 161.0, 20.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def library():
+    name = next(f for f in resources.files("depthprob.data").iterdir() if f.name.startswith("library_"))
+    with resources.as_file(name) as path:
+        return ColumnLibrary.load(path)
+
+
+@pytest.fixture(scope="module")
+def shifts(library):
+    return depth_shifts(library, DEFOCUS, np.full(len(DEFOCUS), 9612.0), np.full(len(DEFOCUS), 1e-3))
+
+
+def test_shifts_are_those_of_a_joint_fit_with_the_wrong_count(library, shifts):
+    n = np.array([6, 9, 4, 7])
+    positions = np.array([[8.0, 8.0], [8.0, 12.08], [12.08, 8.0], [12.08, 12.08]])
+    images = len(DEFOCUS)
+    field = Field(positions, n, np.array([0.0, 3.0, -4.0, 1.0]), np.full(images, 1e-3), np.ones(images), np.zeros((images, 2)))
+    series = FocalSeries(DEFOCUS, 0.4, np.full(images, 9612.0), (50, 50), False)
+    counts = np.asarray(expected_counts(field, library, series))
+    fit = lambda numbers: np.asarray(maximum(make_problem(counts, dataclasses.replace(field, n_atoms=numbers), library, series, ("positions",))).parameters["depth"])
+    right = fit(n)
+    np.testing.assert_allclose(right, field.depths, atol=0.02)
+    for change in (-1, 1):
+        wrong = fit(n + np.array([change, 0, 0, 0]))
+        np.testing.assert_allclose(wrong[0] - right[0], shifts[5, REACH + change], atol=0.15)
+
+
+def test_the_same_count_moves_nothing_and_ends_are_unknown(library, shifts):
+    np.testing.assert_allclose(shifts[:, REACH], 0, atol=1e-6)
+    assert np.isnan(shifts[0, :REACH]).all() and np.isnan(shifts[-1, REACH + 1 :]).all()
+    assert np.isfinite(shifts).sum() == library.n_max * 5 - 6
+
+
+def test_draws_have_the_mixtures_mean_and_variance(shifts):
+    rng = np.random.default_rng(0)
+    n = np.array([6, 6])
+    probability = np.zeros((2, 12))
+    probability[0, 5] = 1
+    probability[1, 5:7] = 0.6, 0.4
+    draws = marginal_draws(rng.normal(0, 0.5, (200_000, 2)), n, probability, shifts, rng)
+    move = shifts[5, REACH + 1]
+    np.testing.assert_allclose(draws.mean(0), [0, 0.4 * move], atol=0.01)
+    np.testing.assert_allclose(draws.var(0), [0.25, 0.25 + 0.24 * move**2], rtol=0.02)
+    np.testing.assert_allclose(mean_square_shift(n, probability, shifts), [0, 0.4 * move**2])
