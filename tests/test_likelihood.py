@@ -143,7 +143,7 @@ def test_joint_fit_recovers_depths_and_counts_within_its_error_bars(problem, lib
     assert estimate.converged
     pull = (np.asarray(estimate.parameters["depth"]) - field().depths) / estimate.sd("depth")
     assert np.all(abs(pull) < 4.0)  # three columns: false alarm 2e-4
-    amplitude, sd = column_amplitudes(estimate.parameters, problem)
+    amplitude, sd, _ = column_amplitudes(estimate.parameters, problem)
     assert np.all(abs(amplitude - 1) < 4 * sd + 0.01)
     assert np.all(abs(goodness_of_fit(estimate.parameters, problem, rates(estimate.parameters, problem))) < 5)
 
@@ -151,7 +151,7 @@ def test_joint_fit_recovers_depths_and_counts_within_its_error_bars(problem, lib
 def test_wrong_count_is_seen_in_amplitude_and_fit(library, problem):
     wrong = make_problem(np.asarray(problem.counts), Field(field().positions, np.array([5, 6, 3]), *[getattr(field(), k) for k in ("depths", "background", "gain", "image_shifts")]), library, SERIES)
     estimate = maximum(wrong)
-    amplitude, sd = column_amplitudes(estimate.parameters, wrong)
+    amplitude, sd, _ = column_amplitudes(estimate.parameters, wrong)
     assert amplitude[0] < 1 - 4 * sd[0]
     assert goodness_of_fit(estimate.parameters, wrong, rates(estimate.parameters, wrong))[0] > 3  # one in a thousand by chance
 

@@ -117,8 +117,9 @@ def test_maximum_amplitudes_and_bounds_agree_with_the_dense_fit(problem):
         sd = wide.sd(name)
         assert (abs(np.asarray(near.parameters[name]) - np.asarray(wide.parameters[name])) < 0.15 * sd).all(), name
         np.testing.assert_allclose(near.sd(name), sd, rtol=0.01)
-    amplitude, sd = likelihood.column_amplitudes(wide.parameters, problem)
-    again, sd_again = local.column_amplitudes(near.parameters, problem)
+    amplitude, sd, _ = likelihood.column_amplitudes(wide.parameters, problem)
+    again, sd_again, _ = before = local.column_amplitudes(near.parameters, problem)
+    np.testing.assert_allclose(local.column_amplitudes(near.parameters, problem, before).value, again, rtol=1e-6)
     assert (abs(again - amplitude) < 0.6 * sd).all()
     np.testing.assert_allclose(sd_again, sd, rtol=0.05)  # backgrounds are held
     np.testing.assert_allclose(local.column_bounds(near, problem), likelihood.column_bounds(wide, problem), rtol=0.02)

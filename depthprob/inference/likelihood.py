@@ -170,6 +170,7 @@ def log_likelihood(parameters: dict, problem: Problem) -> jax.Array:
 PRIOR_SD = {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05, "source_variance": 0.05}
 BACKGROUND_SHAPE = 4.0
 LARGEST_STEP = {"depth": 15.0, "log_background": 2.0, "source_variance": 0.03}  # of scoring; 0.3 for the rest
+ROUGH = 0.1  # standard deviations from the maximum: near enough to count atoms by
 MEAN_SHIFT_SD = 1e-3  # Å; fixes the gauge
 
 
@@ -364,8 +365,16 @@ def depth_bounds(fisher: np.ndarray, problem: Problem) -> np.ndarray:
     return np.sqrt(np.diag(bound)[: len(problem.n_atoms)])
 
 
-def column_amplitudes(parameters: dict, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Factor on each column's signal that the stack asks for, and its standard deviation (C,); all columns jointly.
+class Amplitudes(NamedTuple):
+    """Factor on each column's signal that the stack asks for, and its standard deviation (C,)."""
+
+    value: np.ndarray
+    sd: np.ndarray
+    curvature: ArrowFactor | None = None  # of a large field, to go on with
+
+
+def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | None = None) -> Amplitudes:
+    """Amplitudes of all columns jointly; `before` is for `local` alone.
 
     One weighted least-squares step from one, exact for a linear parameter; background per image is free beside it, gain is held.
     """
@@ -376,7 +385,7 @@ def column_amplitudes(parameters: dict, problem: Problem) -> tuple[np.ndarray, n
         normal += np.asarray(n)
         right += np.asarray(r)
     covariance = np.linalg.inv(normal)
-    return 1 + covariance @ right, np.sqrt(np.diag(covariance))
+    return Amplitudes(1 + covariance @ right, np.sqrt(np.diag(covariance)))
 
 
 @jax.jit

@@ -27,6 +27,7 @@ from .likelihood import (
     PER_COLUMN,
     PER_IMAGE,
     PRIOR_SD,
+    Amplitudes,
     Estimate,
     Mode,
     Problem,
@@ -665,12 +666,21 @@ def column_bounds(estimate: Estimate, problem: Problem) -> np.ndarray:
     return np.sqrt(ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix), gauge(problem))).variances()[: len(problem.n_atoms)])
 
 
-def column_amplitudes(parameters: dict, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Factor on each column's signal that the stack asks for, and its standard deviation (C,); backgrounds held at the fit's."""
+def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | None = None) -> Amplitudes:
+    """As `likelihood.column_amplitudes`, with backgrounds held at the fit's.
+
+    The Fisher matrix is taken over from amplitudes `before` where columns are much the same: a step with it is right to first order in
+    its change, which for a few counts mended by one atom is a few per cent.
+    """
     windows = plan_windows(problem.library, problem.series, np.asarray(parameters["depth"]))
     plain = _plain(parameters)
     current = evaluate(parameters, problem, windows, derivatives=False)
-    matrix = column_information(parameters, problem, current.rate, windows, amplitude=True)
+    if before is None:
+        matrix = column_information(parameters, problem, current.rate, windows, amplitude=True)
+        factor = ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix)))
+        sd = np.sqrt(factor.variances())
+    else:
+        factor, sd = before.curvature, before.sd
     pad = 2 * max(w.half for w in windows) + 2
     series = problem.series
     scale = np.broadcast_to(np.asarray(series.dose, float), np.shape(series.defocus)) * series.pixel_size**2 * np.exp(plain["log_gain"])
@@ -682,5 +692,4 @@ def column_amplitudes(parameters: dict, problem: Problem) -> tuple[np.ndarray, n
             residual = np.asarray(problem.mask[i]) * (np.asarray(problem.counts[i], float) - current.rate[i]) / (current.rate[i] + float(problem.read_variance))
             seen = _unfold(residual[None].astype(np.float32), pad, series.periodic)
             score += scale[i] * np.asarray(_overlaps(drawn, jnp.asarray(placed.corners), jnp.asarray(seen)), float)[:, 0, 0]
-    factor = ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix)))
-    return 1 + factor.solve(score), np.sqrt(factor.variances())
+    return Amplitudes(1 + factor.solve(score), sd, factor)

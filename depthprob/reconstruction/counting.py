@@ -99,7 +99,7 @@ def _expectation_maximisation(x, means, iterations):
         total = logsumexp(log_p, axis=1)
         responsibility = np.exp(log_p - total[:, None])
         loglik = total.sum()
-        if loglik - previous < 1e-7 * abs(loglik):
+        if loglik - previous < 0.01:  # criteria of different numbers of components differ by far more
             break
         previous = loglik
         share = responsibility.sum(0) + 1e-12

@@ -371,21 +371,24 @@ def reconstruct(
         image_shifts=drift * pixel,
     )
     fit = local if len(found) > LARGE else likelihood
-    mode = None
+    mode = amplitudes = None
+    pose = lambda field: make_problem(stack.data, field, library, series, config.inference.free, mask, read_variance_of(config), fit is likelihood)
     for _ in range(5):
-        problem = make_problem(stack.data, field, library, series, config.inference.free, mask, read_variance_of(config), fit is likelihood)
-        mode = fit.find_mode(problem, progress, before=mode)
-        amplitude, amplitude_sd = fit.column_amplitudes(mode.parameters, problem)
+        problem = pose(field)
+        mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
+        amplitudes = fit.column_amplitudes(mode.parameters, problem, amplitudes)
         n_now = np.asarray(problem.n_atoms)
         cross = library.cross_section[n_now - 1]
         # a gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts
         cross = cross * np.exp(np.asarray(mode.parameters["log_gain"]).mean())
-        recount = count_by_library(amplitude * cross, np.hypot(amplitude_sd, 0.015) * cross, library.cross_section, scale_sd=0.05)
+        recount = count_by_library(amplitudes.value * cross, np.hypot(amplitudes.sd, 0.015) * cross, library.cross_section, scale_sd=0.05)
         field = field_of(mode.parameters, jnp.asarray(recount.n))
         if np.array_equal(recount.n, n_now):
             break
     else:
         warnings.append("Atom counts had not settled after five rounds of counting and fitting.")
+    problem = pose(field_of(mode.parameters, problem.n_atoms))
+    mode = fit.find_mode(problem, progress, before=mode)
     estimate = fit.estimate_at(mode, problem, progress)
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}
     positions = np.stack([parameters["x"], parameters["y"]], 1)
@@ -428,7 +431,7 @@ def reconstruct(
         warnings.append("The absorptive library is brighter than frozen phonons, by 2 to 11 % from three to ten atoms of gold, and its error is not in the error bars: counts and depths are provisional.")
     if not estimate.converged:
         warnings.append("The joint fit had not converged.")
-    if abs(amplitude.mean() - 1) > 0.05 or abs(parameters["log_gain"].mean()) > 0.05:
+    if abs(amplitudes.value.mean() - 1) > 0.05 or abs(parameters["log_gain"].mean()) > 0.05:
         warnings.append(f"Intensities are {np.exp(parameters['log_gain'].mean()):.3f} times the library's: check dose, gain and detector angles.")
     if np.any(depth - defocus.min() < 20) or np.any(defocus.max() - depth < 20):
         warnings.append("Some columns lie within 20 Å of the end of the focus range: their depths hang on half a peak.")
