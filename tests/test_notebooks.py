@@ -11,6 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.py"))
 
 @pytest.mark.parametrize("script", NOTEBOOKS, ids=lambda p: p.stem)
 @pytest.mark.filterwarnings("ignore")
-def test_notebook(script):
+def test_notebook(script, monkeypatch):
     matplotlib.use("Agg")
+    monkeypatch.setenv("DEPTHPROB_NOTEBOOKS", "small")
     runpy.run_path(str(script))
