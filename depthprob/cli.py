@@ -134,9 +134,9 @@ def library(
             raise InputError(f"cannot write a library {str(output)!r}: the allowed ending is .npz.")
         _check_output_file(output)
         _use_double_precision()
-        from .reconstruction.pipeline import build_library
+        from .reconstruction.pipeline import write_library
 
-        build_library(settings, output, quiet=quiet)
+        write_library(settings, output, quiet=quiet)
     _say(f"wrote {output}", quiet)
 
 

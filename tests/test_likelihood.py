@@ -8,10 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from depthprob.errors import InputError
+from depthprob.inference import local
 from depthprob.inference.gaussian_peak import fit_gaussian_peaks
 from depthprob.inference.likelihood import (
     column_amplitudes,
+    column_bounds,
+    crlb,
     depth_bounds,
+    depth_sd,
     fisher_and_score,
     from_vector,
     goodness_of_fit,
@@ -175,3 +180,27 @@ def test_gaussian_peak_finds_an_isolated_column(library):
     # no noise: what is left is the pixels of the disc, 0.4 Å against the correction's 0.1 Å
     assert fit.depth[0] == pytest.approx(5.0, abs=0.5)
     assert abs(fit.correction[0]) > 0.5  # the peak is not the centre of mass
+
+
+def test_a_free_focus_offset_leaves_differences_of_depth(library):
+    """Against explicit inversion with the offset among the parameters: the bound of d_i - mean(d) is the same whatever holds the gauge."""
+    free = ("positions", "background", "gain")
+    mean = np.zeros((len(DEFOCUS), *SERIES.shape))
+    problem = make_problem(mean, field(), library, SERIES, (*free, "focus_offset"))
+    fisher = fisher_and_score(problem.start, problem)[0]
+    held = fisher + np.diag(np.where(np.arange(len(fisher)) == len(fisher) - 1, 1e4, 0))  # offset known to 0.01 Å, no matter
+    covariance = np.linalg.inv(held)[:3, :3]
+    differ = np.eye(3) - 1 / 3
+    expected = np.sqrt(np.diag(differ @ covariance @ differ))
+    np.testing.assert_allclose(crlb(field(), library, SERIES, (*free, "focus_offset")), expected, rtol=1e-5)
+    assert np.all(expected < 1.0)
+    with pytest.raises(InputError, match="focus offset"):
+        crlb(Field(np.array([[5.0, 5.0]]), np.array([4]), np.zeros(1), np.full(len(DEFOCUS), 1e-4), np.ones(len(DEFOCUS)), np.zeros((len(DEFOCUS), 2))), library, SERIES, ("focus_offset",))
+
+
+def test_relative_depths_have_the_same_sd_by_both_solvers(library):
+    mean = np.asarray(expected_counts(field(), library, SERIES), float)
+    problem = make_problem(np.random.default_rng(1).poisson(mean), field(), library, SERIES)
+    dense, sparse = maximum(problem), local.maximum(problem)
+    np.testing.assert_allclose(depth_sd(dense, problem, True), local.depth_sd(sparse, problem, True), rtol=0.01)
+    np.testing.assert_allclose(column_bounds(dense, problem, True), local.column_bounds(sparse, problem, True), rtol=0.01)

@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from ..config import read_config
 from ..physics.library import build_gram, library_from_gram, save_gram
-from ..physics.specimen import Column
-from ..reconstruction.pipeline import detector_of, library_name, microscope_of, z_range_of
+from ..reconstruction.libraries import column_of, detector_of, library_name, microscope_of, z_range_of
 
 MAX_ATOMS = 12
 SCRAMBLINGS, CONFIGURATIONS, CORRECTIONS = 8, 64, 4
@@ -22,7 +21,7 @@ SCRAMBLINGS, CONFIGURATIONS, CORRECTIONS = 8, 64, 4
 def make(folder: Path) -> None:
     """Write gram_Au_001.npz and the library for demo.toml's foci."""
     config = read_config(Path(__file__).with_name("demo.toml"))
-    column = Column("Au", MAX_ATOMS, config.specimen.lattice_constant_A, config.specimen.debye_waller_b)
+    column = column_of(config, MAX_ATOMS)
     microscope = microscope_of(config)
     gram = build_gram(
         column,
@@ -36,7 +35,8 @@ def make(folder: Path) -> None:
         progress=tqdm,
     )
     save_gram(folder / "gram_Au_001.npz", gram)
-    library_from_gram(gram, microscope, z_range_of(config)).save(folder / library_name(config, gram))
+    z_range = z_range_of(config)
+    library_from_gram(gram, microscope, z_range).save(folder / library_name(microscope, z_range, gram))
 
 
 if __name__ == "__main__":

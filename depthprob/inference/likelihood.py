@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import InputError
 from ..physics.focal_series import (
     Field,
     FocalSeries,
@@ -344,12 +345,51 @@ def find_mode(problem: Problem, progress=lambda items, **_: items, close: float 
     return Mode(parameters, value, iteration + 1, converged)
 
 
-def column_bounds(estimate: Estimate, problem: Problem) -> np.ndarray:
-    """Cramér-Rao bound on the depth of each column (C,) [Å] at an estimate, with the problem's nuisances free and no prior but the gauge."""
-    return depth_bounds(estimate.information, problem)
+def column_bounds(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
+    """Cramér-Rao bound on the depth of each column (C,) [Å] at an estimate, with the problem's nuisances free and no prior but the gauge.
+
+    `relative` asks for depths relative to the field's mean, all that is measured when nobody knows the focus offset.
+    """
+    return depth_bounds(estimate.information, problem, relative)
 
 
-def depth_bounds(fisher: np.ndarray, problem: Problem) -> np.ndarray:
+def depth_sd(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
+    """Standard deviation of each depth (C,) [Å], or of each depth less the field's mean."""
+    n = len(problem.n_atoms)
+    variances = estimate.variances[:n]
+    if relative:
+        mean = np.zeros(len(estimate.variances))
+        mean[:n] = 1 / n
+        variances = less_mean(variances, (estimate.factor @ (estimate.factor.T @ mean))[:n])
+    return np.sqrt(variances)
+
+
+def less_mean(variances: np.ndarray, with_mean: np.ndarray) -> np.ndarray:
+    """Variances of quantities less their mean, from their own variances and their covariances with the mean."""
+    return variances - 2 * with_mean + with_mean.mean()
+
+
+def crlb(
+    field: Field,
+    library: ColumnLibrary,
+    series: FocalSeries,
+    nuisances: tuple[str, ...] = ("positions", "background", "gain", "image_shifts"),
+    read_variance: float = 0.0,
+) -> np.ndarray:
+    """Cramér-Rao bound on the depth of each column (C,) [Å] in a field, all depths and the nuisances unknown; Alania et al. (2017), eqs. 8 to 10.
+
+    Nuisances are those of the config's `free`; with "focus_offset" the bounds are of depths relative to the field's mean. Memory grows with
+    the square of the number of columns.
+    """
+    relative = "focus_offset" in nuisances
+    if relative and len(field.n_atoms) == 1:
+        raise InputError("an isolated column's depth and a free focus offset cannot be told apart; leave 'focus_offset' out of the nuisances.")
+    free = tuple(name for name in nuisances if name != "focus_offset")
+    problem = make_problem(np.zeros((len(series.defocus), *series.shape)), field, library, series, free, read_variance=read_variance)
+    return depth_bounds(fisher_and_score(problem.start, problem)[0], problem, relative)
+
+
+def depth_bounds(fisher: np.ndarray, problem: Problem, relative: bool = False) -> np.ndarray:
     """The same from the Fisher information (P, P) over the problem's free parameters.
 
     Background enters with its Poisson information; a direction without any (below 1e-12 of the largest) is left out.
@@ -362,7 +402,9 @@ def depth_bounds(fisher: np.ndarray, problem: Problem) -> np.ndarray:
             gauge[np.ix_(chosen, chosen)] += 1 / (len(chosen) * MEAN_SHIFT_SD) ** 2
     scale = np.sqrt(np.maximum(np.diag(fisher), 1e-30))
     bound = np.linalg.pinv((fisher + gauge) / np.outer(scale, scale), rcond=1e-12, hermitian=True) / np.outer(scale, scale)
-    return np.sqrt(np.diag(bound)[: len(problem.n_atoms)])
+    n = len(problem.n_atoms)
+    depths = bound[:n, :n]
+    return np.sqrt(less_mean(np.diag(depths), depths.mean(1)) if relative else np.diag(depths))
 
 
 class Amplitudes(NamedTuple):

@@ -33,6 +33,7 @@ from .likelihood import (
     Problem,
     field_of,
     from_vector,
+    less_mean,
     log_prior,
     parameter_names,
     to_vector,
@@ -657,13 +658,25 @@ def _diagonal(matrix: ArrowMatrix) -> np.ndarray:
     return out
 
 
-def column_bounds(estimate: Estimate, problem: Problem) -> np.ndarray:
+def column_bounds(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
     """Cramér-Rao bound on the depth of each column (C,) [Å] at an estimate, no prior but the gauge, as `likelihood.column_bounds`.
 
     A part in 10^10 is added to the diagonal for directions that no image informs.
     """
     matrix = estimate.information
-    return np.sqrt(ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix), gauge(problem))).variances()[: len(problem.n_atoms)])
+    factor = ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix), gauge(problem)))
+    return _depth_sd(factor, factor.variances(), len(problem.n_atoms), relative)
+
+
+def depth_sd(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
+    """Standard deviation of each depth (C,) [Å], or of each depth less the field's mean."""
+    return _depth_sd(estimate.factor, estimate.variances, len(problem.n_atoms), relative)
+
+
+def _depth_sd(factor: ArrowFactor, variances: np.ndarray, n: int, relative: bool) -> np.ndarray:
+    mean = np.zeros(len(variances))
+    mean[:n] = 1 / n
+    return np.sqrt(less_mean(variances[:n], factor.solve(mean)[:n]) if relative else variances[:n])
 
 
 def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | None = None) -> Amplitudes:

@@ -149,11 +149,11 @@ def _svi(model, size, key, samples, chains, warmup, progress_bar):
 UNITS = {"depth": "angstrom", "x": "angstrom", "y": "angstrom", "gain": "1", "background": "fraction of the beam", "shift_x": "angstrom", "shift_y": "angstrom", "focus_offset": "angstrom", "focus_step": "1", "source_variance": "angstrom^2"}
 
 
-def to_arviz(posterior: Posterior, problem: Problem):
+def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     """ArviZ groups with named dims and units: whatever the installed ArviZ uses (InferenceData, or DataTree since 1.0).
 
     posterior (draws of every free parameter; gain and background as themselves), sample_stats, posterior_predictive (mean counts of
-    each image over draws, for at most 100 of them; of a large field at the mode), observed_data (mean counts of each image), constant_data.
+    each image over draws, for at most 100 of them; of a large field at the mode), observed_data (mean counts of each image), constant_data. With `relative` each draw's depths have mean zero.
     """
     draws = posterior.draws if posterior.draws is not None else to_vector(posterior.estimate.parameters, problem)[None, None]
     names = posterior.estimate.names
@@ -166,6 +166,8 @@ def to_arviz(posterior: Posterior, problem: Problem):
             continue
         if name.startswith("log_"):
             name, values = name[4:], np.exp(values)
+        if name == "depth" and relative:
+            values = values - values.mean(-1, keepdims=True)
         variables[name] = (("chain", "draw", dim), values, {"units": UNITS[name]})
     coords = {
         "chain": np.arange(draws.shape[0]),

@@ -8,8 +8,8 @@ from ..config import Config
 from ..inference.fisher import atom_information
 from ..inference.likelihood import depth_bounds, fisher_and_score, make_problem
 from ..physics.focal_series import Field, FocalSeries
-from ..physics.specimen import Column
-from .pipeline import GAUGE, column_geometry, detector_of, gram_for, library_for, microscope_of, read_variance_of
+from .libraries import column_of, detector_of, gram_for, library_for, microscope_of, read_variance_of
+from .pipeline import GAUGE
 
 ATOM_MODEL = (
     "deterministic: mean transmission of each atom, and diffuse scattering straight to the detector; no Monte-Carlo error, hence a standard "
@@ -34,7 +34,7 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     defocus = settings.defocus
     dose = np.broadcast_to(np.asarray(settings.dose, float), defocus.shape)
     series = FocalSeries(defocus, settings.pixel_size_A, dose, shape, False)
-    column = Column(config.specimen.element, n, column_geometry(config).spacing, config.specimen.debye_waller_b)
+    column = column_of(config, n)
     centre = (shape[0] - 1) / 2 * settings.pixel_size_A
     zero = np.zeros(len(defocus))
     field_of_n = lambda n: Field(np.array([[centre, centre]]), np.array([n]), np.zeros(1), zero + 1e-7, zero + 1, np.zeros((len(defocus), 2)))

@@ -1,8 +1,5 @@
 """From a raw focal series to atoms: every stage in order, each usable alone."""
 
-import hashlib
-import json
-import os
 import time
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -22,22 +19,18 @@ from ..inference import likelihood, local
 from ..inference.likelihood import field_of, goodness_of_fit, make_problem
 from ..inference.posterior import LARGE, infer, to_arviz, write_netcdf
 from ..io import Stack, read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
-from ..physics.detector import AnnularDetector
-from ..physics.electron import wavelength
 from ..physics.focal_series import Field, FocalSeries
-from ..physics.gram import ColumnGram, default_sampling
-from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load_gram, save_gram
-from ..physics.optics import Microscope
+from ..physics.gram import default_sampling
+from ..physics.library import ColumnLibrary
 from ..physics.particle import images_from_gram, simulate_particle
-from ..physics.radial import absorptive_gram
-from ..physics.specimen import Column
 from .columns import central_average, find_columns, fit_columns
 from .counting import count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
-from .lattice import crystal_columns, snap
+from .lattice import snap
+from .libraries import atoms_needed, column_geometry, detector_of, library_for, microscope_of, read_variance_of, z_range_of
 
 GAUGE = "absolute: z = 0 is the plane in focus at defocus 0 (the focus offset is held at zero)"
-GAUGE_FREE = "relative: the focus offset is free, so only depths relative to the field's mean are measured"
+GAUGE_FREE = "relative: with a free focus offset only depths relative to the field's mean are measured, and the mean of all depths is zero"
 
 
 @dataclass
@@ -102,163 +95,9 @@ class Stages:
             tqdm.write(f"depthprob: {name}")
 
 
-def microscope_of(config: Config) -> Microscope:
-    """The config's lens, in the units of the physics."""
-    m = config.microscope
-    return Microscope(
-        energy=m.energy_keV * 1e3,
-        convergence_angle=m.convergence_angle_mrad,
-        source_fwhm=m.source_fwhm_A,
-        focal_spread=m.focal_spread_A,
-        spherical_aberration=m.spherical_aberration_mm * 1e7,
-        aberrations=m.aberrations,
-    )
-
-
-def detector_of(config: Config) -> AnnularDetector:
-    return AnnularDetector(inner=config.detector.inner_mrad, outer=config.detector.outer_mrad)
-
-
-def read_variance_of(config: Config) -> float:
-    """Variance of the read noise [e^2]; the config gives its sd in raw values."""
-    return (config.detector.read_noise / config.detector.gain) ** 2
-
-
 def progress_bar(quiet: bool):
     """What shows how far an iteration is, with an estimate; nothing when quiet."""
     return lambda items, **k: tqdm(items, disable=quiet, **k)
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept: $DEPTHPROB_CACHE, else the user's cache folder."""
-    chosen = os.environ.get("DEPTHPROB_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(base) / "depthprob"
-
-
-def _settings(config: Config, spacing: float) -> dict:
-    """What a Gram matrix depends on."""
-    m, d, s = config.microscope, config.detector, config.simulation
-    return {
-        "element": config.specimen.element,
-        "spacing": round(float(spacing), 6),
-        "debye_waller_b": round(float(config.specimen.debye_waller_b), 6),
-        "energy": m.energy_keV * 1e3,
-        "inner": float(d.inner[0]),
-        "outer": float(d.outer[0]),
-        "parametrization": s.parametrization,
-    }
-
-
-def _matches(gram: ColumnGram, config: Config, spacing: float, n_max: int) -> bool:
-    wanted = _settings(config, spacing)
-    angle = gram.aperture * float(wavelength(gram.energy)) * 1e3
-    return (
-        all(np.isclose(getattr(gram, k), v) if isinstance(v, float) else getattr(gram, k) == v for k, v in wanted.items())
-        and gram.n_max >= n_max
-        and angle >= config.microscope.convergence_angle_mrad * (1 - 1e-6)
-    )
-
-
-def gram_for(config: Config, n_max: int, progress, scramblings: int = 8, configurations: int | None = None) -> ColumnGram:
-    """The Gram matrix of columns up to n_max atoms: packaged, from the cache, or built now and kept.
-
-    `thermal.configurations` in the config is the total, shared over the scramblings.
-    """
-    spacing = column_geometry(config).spacing
-    if config.thermal.model == "absorptive":
-        column = Column(config.specimen.element, n_max, spacing, config.specimen.debye_waller_b)
-        microscope = microscope_of(config)
-        return absorptive_gram(column, microscope.energy, microscope.convergence_angle, detector_of(config), config.simulation.parametrization, progress)
-    for packaged in resources.files("depthprob.data").iterdir():
-        if packaged.name.startswith("gram_"):
-            with resources.as_file(packaged) as path:
-                gram = load_gram(path)
-            if _matches(gram, config, spacing, n_max):
-                return gram
-    per_scrambling = configurations or max(1, config.thermal.configurations // scramblings)
-    wanted = _settings(config, spacing) | {
-        "angle": config.microscope.convergence_angle_mrad,
-        "n_max": n_max,
-        "scramblings": scramblings,
-        "configurations": per_scrambling,
-        "seed": config.thermal.seed,
-        "sampling": config.simulation.potential_sampling_A,
-        "format": 2,
-    }
-    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_folder() / f"gram_{key}.npz"
-    if path.exists():
-        return load_gram(path)
-    column = Column(wanted["element"], n_max, spacing, wanted["debye_waller_b"])
-    checkpoint = path.with_suffix(".partial.npz")
-    gram = build_gram(
-        column,
-        wanted["energy"],
-        wanted["angle"],
-        detector_of(config),
-        configurations=per_scrambling,
-        scramblings=scramblings,
-        seed=config.thermal.seed,
-        parametrization=wanted["parametrization"],
-        sampling=wanted["sampling"],
-        checkpoint=checkpoint,
-        progress=progress,
-    )
-    save_gram(path, gram)
-    checkpoint.unlink(missing_ok=True)
-    return gram
-
-
-def column_geometry(config: Config):
-    """Columns of the config's crystal along its zone axis."""
-    s = config.specimen
-    return crystal_columns(s.structure, s.lattice_constant_A, s.zone_axis)
-
-
-def z_range_of(config: Config, margin: float = 60.0) -> tuple[float, float]:
-    """Defocus minus depth that a library must cover: the foci, and depths up to `margin` Å beyond the plane in focus."""
-    defocus = config.focal_series.defocus
-    return float(defocus.min() - margin), float(defocus.max() + margin)
-
-
-def library_name(config: Config, gram: ColumnGram) -> str:
-    """File name that tells the lens and foci of a library, and the Gram matrix it came from."""
-    checksum = hashlib.sha256(np.ascontiguousarray(gram.blocks).tobytes()).hexdigest()
-    text = json.dumps([repr(config.microscope), z_range_of(config), checksum, 2])
-    return f"library_{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
-
-
-def library_for(config: Config, n_max: int, progress) -> ColumnLibrary:
-    """Library for the config's lens and foci, atoms up to n_max: packaged, from the cache, or built now and kept."""
-    gram = gram_for(config, n_max, progress)
-    name = library_name(config, gram)
-    packaged = resources.files("depthprob.data") / name
-    if packaged.is_file():
-        with resources.as_file(packaged) as path:
-            return ColumnLibrary.load(path)
-    path = cache_folder() / name
-    if path.exists():
-        return ColumnLibrary.load(path)
-    library = library_from_gram(gram, microscope_of(config), z_range_of(config))
-    library.save(path)
-    return library
-
-
-def atoms_needed(config: Config, volumes: np.ndarray, progress) -> int:
-    """Largest atom number a library must hold for these cross-sections [Å^2], from one thermal configuration of growing columns."""
-    if config.inference.max_atoms:
-        return config.inference.max_atoms
-    largest = 1.15 * np.max(volumes)
-    for n_max in (12, 24, 48):
-        try_first = gram_for(config, n_max, progress, scramblings=1, configurations=1) if n_max > 12 else gram_for(config, 12, progress)
-        library = library_from_gram(try_first, microscope_of(config), (-20.0, 20.0), z_step=20.0)
-        if library.cross_section[-1] > largest:
-            return max(12, int(np.searchsorted(library.cross_section, largest)) + 2)
-    raise InputError(
-        f"the brightest column scatters {np.max(volumes):.3g} Å^2, more than {n_max} atoms of {config.specimen.element} "
-        f"({library.cross_section[-1]:.3g} Å^2). Check dose, signal and detector angles, or set inference.max_atoms."
-    )
 
 
 def edge_mask(series: FocalSeries, positions: np.ndarray, focus: float, angle: float, near: float = 3.0) -> np.ndarray:
@@ -370,9 +209,12 @@ def reconstruct(
         gain=np.ones(len(dose)),
         image_shifts=drift * pixel,
     )
+    # a free focus offset and a common shift of all depths are one thing: the offset is held, and depths are measured from their mean
+    relative = "focus_offset" in config.inference.free
+    free = tuple(name for name in config.inference.free if name != "focus_offset")
     fit = local if len(found) > LARGE else likelihood
     mode = amplitudes = None
-    pose = lambda field: make_problem(stack.data, field, library, series, config.inference.free, mask, read_variance_of(config), fit is likelihood)
+    pose = lambda field: make_problem(stack.data, field, library, series, free, mask, read_variance_of(config), fit is likelihood)
     for _ in range(5):
         problem = pose(field)
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
@@ -400,22 +242,25 @@ def reconstruct(
     stages(f"posterior ({method})")
     key = jax.random.key(config.inference.seed)
     result = infer(problem, method, key, config.inference.samples, config.inference.chains, estimate=estimate, progress_bar=not quiet)
-    bound = fit.column_bounds(estimate, problem)
+    bound = fit.column_bounds(estimate, problem, relative)
     model_sd = np.nan_to_num(library.depth_error[n_now - 1])
     background = np.exp(parameters["log_background"])
     moves = depth_shifts(library, defocus, dose, background, float(np.median(parameters["depth"])))
     if result.draws is None:
         moved = mean_square_shift(n_now, recount.probability, moves)
-        depth, depth_sd = parameters["depth"], np.sqrt(estimate.sd("depth") ** 2 + model_sd**2 + moved)
+        depth, depth_sd = parameters["depth"], np.sqrt(fit.depth_sd(estimate, problem, relative) ** 2 + model_sd**2 + moved)
+        depth = depth - depth.mean() * relative
         low, high = depth - 1.6449 * depth_sd, depth + 1.6449 * depth_sd
     else:
         draws = result.of("depth").reshape(-1, len(n_now))
+        draws = draws - draws.mean(1, keepdims=True) * relative
         rng = np.random.default_rng(config.inference.seed)
         draws = draws + model_sd * rng.standard_normal(draws.shape)  # the library's own Monte-Carlo error
         draws = marginal_draws(draws, n_now, recount.probability, moves, rng)
         depth, depth_sd = draws.mean(0), draws.std(0)
         low, high = np.quantile(draws, [0.05, 0.95], axis=0)
-    if abs(depth - baseline.depth)[np.isfinite(baseline.depth)].max(initial=0) > 15:
+    gaussian_depth = baseline.depth - np.nanmean(baseline.depth) * relative
+    if abs(depth - gaussian_depth)[np.isfinite(gaussian_depth)].max(initial=0) > 15:
         warnings.append("The two estimators differ by more than 15 Å for some columns; look at their series before trusting either.")
 
     stages("lattice")
@@ -433,13 +278,12 @@ def reconstruct(
         warnings.append("The joint fit had not converged.")
     if abs(amplitudes.value.mean() - 1) > 0.05 or abs(parameters["log_gain"].mean()) > 0.05:
         warnings.append(f"Intensities are {np.exp(parameters['log_gain'].mean()):.3f} times the library's: check dose, gain and detector angles.")
-    if np.any(depth - defocus.min() < 20) or np.any(defocus.max() - depth < 20):
+    if np.any(parameters["depth"] - defocus.min() < 20) or np.any(defocus.max() - parameters["depth"] < 20):
         warnings.append("Some columns lie within 20 Å of the end of the focus range: their depths hang on half a peak.")
     if np.nanmax(model_sd) > 0.1:
         warnings.append(f"The library's own Monte-Carlo error reaches {np.nanmax(model_sd):.2f} Å of depth here; it is included in the error bars. More thermal configurations would lower it.")
     expected = rate / (dose * pixel**2)[:, None, None]
     joint_series = disc_averages(expected, positions, shifts, pixel, disc_radius(positions), periodic)
-    free = problem.free
     words = ["positions", "background", "gain", "image_shifts", "focus_offset", "focus_step", "source_size"]
     drift_px = shifts / pixel
     stages(None)
@@ -451,7 +295,7 @@ def reconstruct(
         element=config.specimen.element,
         spacing=geometry.spacing,
         drift_px=drift_px - drift_px.mean(0),
-        drift_sd_px=np.hypot(estimate.sd("shift_x"), estimate.sd("shift_y")) / pixel / np.sqrt(2) if "shift_x" in free else np.full(len(defocus), np.nan),
+        drift_sd_px=np.hypot(estimate.sd("shift_x"), estimate.sd("shift_y")) / pixel / np.sqrt(2) if "shift_x" in problem.free else np.full(len(defocus), np.nan),
         average_image=average,
         gaussian_model_image=columns.model_image,
         positions=positions,
@@ -461,7 +305,7 @@ def reconstruct(
         n_probability=recount.probability,
         library_cross_section=reference * counted.scale,
         mixture_icl=mixture.icl,
-        gaussian_depth=baseline.depth,
+        gaussian_depth=gaussian_depth,
         gaussian_depth_sd=baseline.sd,
         depth=depth,
         depth_sd=depth_sd,
@@ -481,9 +325,9 @@ def reconstruct(
         diagnostics=result.diagnostics | {"stages": stages.seconds},
         warnings=warnings,
         provenance=_provenance(config, stages.seconds, method, library),
-        gauge=GAUGE_FREE if "focus_offset" in free else GAUGE,
+        gauge=GAUGE_FREE if relative else GAUGE,
         fixed=[w for w in words if w not in config.inference.free],
-        data=to_arviz(result, problem),
+        data=to_arviz(result, problem, relative),
         truth=truth,
     )
 
@@ -630,7 +474,6 @@ def columns_of_structure(config: Config) -> tuple[tuple[int, float], ...]:
     return tuple((int(np.sum(column == c)), float(atoms[column == c, 2].mean())) for c in range(column.max() + 1))
 
 
-def build_library(config: Config, output, quiet: bool = False) -> None:
+def write_library(config: Config, output, quiet: bool = False) -> None:
     """Build the library of the config's columns up to inference.max_atoms (else specimen.n_atoms) and write it."""
-    progress = progress_bar(quiet)
-    library_for(config, config.inference.max_atoms or config.specimen.n_atoms, progress).save(output)
+    library_for(config, config.inference.max_atoms or config.specimen.n_atoms, progress_bar(quiet)).save(output)

@@ -1,0 +1,218 @@
+"""Column libraries: packaged, from the user's cache, or built now and kept there."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from ..config import Config
+from ..errors import InputError
+from ..physics.detector import AnnularDetector
+from ..physics.electron import wavelength
+from ..physics.gram import ColumnGram
+from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load_gram, save_gram
+from ..physics.optics import Microscope
+from ..physics.radial import absorptive_gram
+from ..physics.specimen import Column
+from .lattice import CrystalColumns, crystal_columns
+
+SCRAMBLINGS = 8  # fewer make no depth error one can trust
+MARGIN = 60.0  # Å that depths may lie beyond the foci
+FORMAT = 2  # of the files in the cache
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: $DEPTHPROB_CACHE, else the user's cache folder."""
+    chosen = os.environ.get("DEPTHPROB_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(chosen) if chosen else Path(base) / "depthprob"
+
+
+def build_library(
+    column: Column,
+    microscope: Microscope,
+    detector: AnnularDetector,
+    z_range: tuple[float, float] = (-260.0, 260.0),
+    configurations: int = 32,
+    seed: int = 0,
+    model: str = "frozen_phonon",
+    parametrization: str = "lobato",
+    sampling: float | None = None,
+    progress: Callable = lambda items, **_: items,
+) -> ColumnLibrary:
+    """Library of isolated columns of 1 to column.n_atoms atoms; `library.depth_error` says how far its thermal averages have converged.
+
+    Parameters
+    ----------
+    z_range : (low, high)
+        Range of defocus minus depth to cover [Å].
+    configurations, seed : int
+        Thermal configurations over all eight scramblings, and where their random numbers start.
+    model : "frozen_phonon" or "absorptive"
+    sampling : float, optional
+        Of the potential [Å]; by default what the detector needs.
+
+    Notes
+    -----
+    Kept in the user's cache with the Gram matrix behind it: another range, source size or aberration takes seconds, and an
+    interrupted build goes on where it stopped.
+    """
+    gram = gram_of(column, microscope, detector, configurations, seed, model, parametrization, sampling, progress)
+    return _library_of(gram, microscope, z_range)
+
+
+def gram_of(
+    column: Column,
+    microscope: Microscope,
+    detector: AnnularDetector,
+    configurations: int,
+    seed: int,
+    model: str,
+    parametrization: str,
+    sampling: float | None,
+    progress: Callable,
+    scramblings: int = SCRAMBLINGS,
+) -> ColumnGram:
+    """The Gram matrix of columns up to column.n_atoms: packaged (however many configurations it has), from the cache, or built now and kept."""
+    energy, angle = float(microscope.energy), float(microscope.convergence_angle)
+    if model == "absorptive":
+        return absorptive_gram(column, energy, angle, detector, parametrization, progress)
+    wanted = {
+        "element": column.element,
+        "spacing": round(float(column.spacing), 6),
+        "debye_waller_b": round(float(column.debye_waller_b), 6),
+        "energy": energy,
+        "inner": float(detector.inner),
+        "outer": float(detector.outer),
+        "parametrization": parametrization,
+    }
+    if sampling is None:
+        for packaged in resources.files("depthprob.data").iterdir():
+            if packaged.name.startswith("gram_"):
+                with resources.as_file(packaged) as path:
+                    gram = load_gram(path)
+                if _serves(gram, wanted, angle, column.n_atoms):
+                    return gram
+    per_scrambling = max(1, configurations // scramblings)
+    wanted |= {
+        "angle": angle,
+        "n_max": column.n_atoms,
+        "scramblings": scramblings,
+        "configurations": per_scrambling,
+        "seed": seed,
+        "sampling": sampling,
+        "format": FORMAT,
+    }
+    path = cache_folder() / f"gram_{_checksum(json.dumps(wanted, sort_keys=True).encode())}.npz"
+    if path.exists():
+        return load_gram(path)
+    checkpoint = path.with_suffix(".partial.npz")
+    gram = build_gram(column, energy, angle, detector, per_scrambling, scramblings, seed, parametrization, checkpoint, progress, sampling)
+    save_gram(path, gram)
+    checkpoint.unlink(missing_ok=True)
+    return gram
+
+
+def _serves(gram: ColumnGram, wanted: dict, angle: float, n_max: int) -> bool:
+    own_angle = gram.aperture * float(wavelength(gram.energy)) * 1e3
+    same = (np.isclose(getattr(gram, k), v) if isinstance(v, float) else getattr(gram, k) == v for k, v in wanted.items())
+    return all(same) and gram.n_max >= n_max and own_angle >= angle * (1 - 1e-6)
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def library_name(microscope: Microscope, z_range: tuple[float, float], gram: ColumnGram) -> str:
+    """File name that tells the lens and foci of a library, and the Gram matrix it came from."""
+    m = microscope
+    lens = [float(v) for v in (m.energy, m.convergence_angle, m.source_fwhm, m.focal_spread, m.spherical_aberration)]
+    text = json.dumps([lens, {k: float(v) for k, v in sorted(m.aberrations.items())}, list(z_range), _checksum(np.ascontiguousarray(gram.blocks).tobytes()), FORMAT])
+    return f"library_{_checksum(text.encode())}.npz"
+
+
+def _library_of(gram: ColumnGram, microscope: Microscope, z_range: tuple[float, float]) -> ColumnLibrary:
+    name = library_name(microscope, z_range, gram)
+    packaged = resources.files("depthprob.data") / name
+    if packaged.is_file():
+        with resources.as_file(packaged) as path:
+            return ColumnLibrary.load(path)
+    path = cache_folder() / name
+    if path.exists():
+        return ColumnLibrary.load(path)
+    library = library_from_gram(gram, microscope, z_range)
+    library.save(path)
+    return library
+
+
+def microscope_of(config: Config) -> Microscope:
+    """The config's lens, in the units of the physics."""
+    m = config.microscope
+    return Microscope(
+        energy=m.energy_keV * 1e3,
+        convergence_angle=m.convergence_angle_mrad,
+        source_fwhm=m.source_fwhm_A,
+        focal_spread=m.focal_spread_A,
+        spherical_aberration=m.spherical_aberration_mm * 1e7,
+        aberrations=m.aberrations,
+    )
+
+
+def detector_of(config: Config) -> AnnularDetector:
+    return AnnularDetector(inner=config.detector.inner_mrad, outer=config.detector.outer_mrad)
+
+
+def read_variance_of(config: Config) -> float:
+    """Variance of the read noise [e^2]; the config gives its sd in raw values."""
+    return (config.detector.read_noise / config.detector.gain) ** 2
+
+
+def column_geometry(config: Config) -> CrystalColumns:
+    """Columns of the config's crystal along its zone axis."""
+    s = config.specimen
+    return crystal_columns(s.structure, s.lattice_constant_A, s.zone_axis)
+
+
+def column_of(config: Config, n_atoms: int) -> Column:
+    """Isolated column of the config's crystal."""
+    return Column(config.specimen.element, n_atoms, column_geometry(config).spacing, config.specimen.debye_waller_b)
+
+
+def z_range_of(config: Config) -> tuple[float, float]:
+    """Defocus minus depth that a library must cover: the foci, and depths up to `MARGIN` beyond the plane in focus."""
+    defocus = config.focal_series.defocus
+    return float(defocus.min() - MARGIN), float(defocus.max() + MARGIN)
+
+
+def gram_for(config: Config, n_max: int, progress: Callable, scramblings: int = SCRAMBLINGS, configurations: int | None = None) -> ColumnGram:
+    """`gram_of` for the config's columns up to n_max atoms; `thermal.configurations` is the total over the scramblings."""
+    thermal, simulation = config.thermal, config.simulation
+    return gram_of(
+        column_of(config, n_max), microscope_of(config), detector_of(config), configurations or thermal.configurations, thermal.seed,
+        thermal.model, simulation.parametrization, simulation.potential_sampling_A, progress, scramblings,
+    )
+
+
+def library_for(config: Config, n_max: int, progress: Callable) -> ColumnLibrary:
+    """`build_library` for the config's columns up to n_max atoms and its foci."""
+    return _library_of(gram_for(config, n_max, progress), microscope_of(config), z_range_of(config))
+
+
+def atoms_needed(config: Config, volumes: np.ndarray, progress: Callable) -> int:
+    """Largest atom number a library must hold for these cross-sections [Å^2], from one thermal configuration of growing columns."""
+    if config.inference.max_atoms:
+        return config.inference.max_atoms
+    largest = 1.15 * np.max(volumes)
+    for n_max in (12, 24, 48):
+        try_first = gram_for(config, n_max, progress, scramblings=1, configurations=1) if n_max > 12 else gram_for(config, 12, progress)
+        library = library_from_gram(try_first, microscope_of(config), (-20.0, 20.0), z_step=20.0)
+        if library.cross_section[-1] > largest:
+            return max(12, int(np.searchsorted(library.cross_section, largest)) + 2)
+    raise InputError(
+        f"the brightest column scatters {np.max(volumes):.3g} Å^2, more than {n_max} atoms of {config.specimen.element} "
+        f"({library.cross_section[-1]:.3g} Å^2). Check dose, signal and detector angles, or set inference.max_atoms."
+    )
