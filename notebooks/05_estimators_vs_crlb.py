@@ -19,7 +19,6 @@
 
 # %%
 import os
-from importlib import resources
 
 import jax
 import matplotlib.pyplot as plt
@@ -29,11 +28,12 @@ import depthprob as dp
 
 jax.config.update("jax_enable_x64", True)
 SMALL = os.environ.get("DEPTHPROB_NOTEBOOKS") == "small"
-data = resources.files("depthprob.data")
-name = next(f.name for f in data.iterdir() if f.name.startswith("library_"))
-with resources.as_file(data / name) as path:
-    library = dp.ColumnLibrary.load(path)
+microscope = dp.Microscope(energy=300e3, convergence_angle=21.0, source_fwhm=0.7)
+detector = dp.AnnularDetector(inner=48.0, outer=180.0)
 defocus = np.arange(-200.0, 201.0, 20.0 if SMALL else 10.0)
+# the deterministic thermal model goes to 40 atoms in seconds; what it lacks in brightness plays no part between an estimator and its bound
+column = dp.Column("Au", 5 if SMALL else 40, 4.08, 0.63)
+library = dp.build_library(column, microscope, detector, model="absorptive")
 
 # %% [markdown]
 # ## An estimator of one's own
@@ -59,8 +59,11 @@ def centre_of_brightness(patches, n_atoms, library, series):
 from depthprob.inference.single import ESTIMATORS
 
 estimators = ESTIMATORS | {"centre of brightness": centre_of_brightness}
-numbers, doses = ((3, 8), (3000.0, 30000.0)) if SMALL else ((2, 5, 10), (300.0, 1000.0, 3000.0, 9612.0, 30000.0, 100000.0))
-rows = dp.compare_estimators(library, defocus, numbers, doses, estimators, series_count=200 if SMALL else 2000)
+numbers = (2, 5) if SMALL else (2, 5, 10, 20, 40)
+few, many = (200, 200) if SMALL else (2000, 10000)
+doses = (3000.0,) if SMALL else (100.0, 300.0, 1000.0, 3000.0, 30000.0, 100000.0)
+rows = dp.compare_estimators(library, defocus, numbers, doses, estimators, few)
+rows += dp.compare_estimators(library, defocus, numbers, (9612.0,), estimators, many, seed=1)
 
 # %% [markdown]
 # ## Scatter against dose
@@ -68,30 +71,44 @@ rows = dp.compare_estimators(library, defocus, numbers, doses, estimators, serie
 # Dots with bars of one standard error; the line is the bound with lateral position and background unknown.
 
 # %%
-colours = dict(zip(estimators, ("#0072B2", "#D55E00", "#009E73"), strict=True))
-fig, axes = plt.subplots(1, len(numbers), figsize=(3.2 * len(numbers), 3.2), sharey=True, layout="constrained")
+styles = dict(zip(estimators, (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "x")), strict=True))
+fig, axes = plt.subplots(1, len(numbers), figsize=(2.6 * len(numbers), 3.2), sharey=True, layout="constrained")
 for ax, n in zip(axes, numbers, strict=True):
     for name in estimators:
-        own = [r for r in rows if r.n_atoms == n and r.estimator == name]
-        ax.errorbar([r.dose for r in own], [r.sd for r in own], [r.sd_error for r in own], fmt="o", color=colours[name], label=name)
+        own = sorted((r for r in rows if r.n_atoms == n and r.estimator == name), key=lambda r: r.dose)
+        colour, marker = styles[name]
+        ax.errorbar([r.dose for r in own], [r.sd for r in own], [r.sd_error for r in own], fmt=marker, color=colour, mfc="none", label=name)
     ax.plot([r.dose for r in own], [r.crlb for r in own], color="black", label="Cramér-Rao bound")
     ax.set(xscale="log", yscale="log", xlabel="dose (e/Å² per image)", title=f"{n} atoms")
 axes[0].set_ylabel("sd of depth errors (Å)")
 axes[-1].legend(fontsize=7);
 
+# %% [markdown]
+# Over atom numbers at the dose of the paper's Table 1:
+
 # %%
-print("estimator                     atoms    dose  sd/bound         bias/sd  90 % covers")
+fig, ax = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+for name in estimators:
+    own = [r for r in rows if r.dose == 9612 and r.estimator == name]
+    colour, marker = styles[name]
+    ax.errorbar([r.n_atoms for r in own], [r.sd / r.crlb for r in own], [r.sd_error / r.crlb for r in own], fmt=marker, color=colour, mfc="none", label=name)
+ax.axhline(1, color="black", lw=0.8)
+ax.set(xlabel="atoms in the column", ylabel="sd of errors / bound", ylim=(0, None))
+ax.legend(fontsize=7);
+
+# %%
+print("estimator                     atoms    dose  series  sd/bound         bias/sd  90 % covers  failed")
 for r in rows:
-    print(f"{r.estimator:28s} {r.n_atoms:6d} {r.dose:7.0f}  {r.sd / r.crlb:5.3f} ± {r.sd_error / r.crlb:.3f}  {r.bias / r.sd:+6.3f}  {r.covered:6.3f}")
+    print(f"{r.estimator:28s} {r.n_atoms:6d} {r.dose:7.0f}  {r.series:6d}  {r.sd / r.crlb:5.3f} ± {r.sd_error / r.crlb:.3f}  {r.bias / r.sd:+6.3f}  {r.covered:6.3f}  {r.failed:6d}")
 
 # %% [markdown]
-# Maximum likelihood reaches the bound; the Gaussian peak scatters about twice as much, so needs about four times the dose. Where counts are few (lowest
-# doses, thin columns) the bound itself is a statement about small errors and even maximum likelihood leaves it.
+# Maximum likelihood reaches the bound; the Gaussian peak scatters about twice as much, so needs about four times the dose. The bound is a statement about
+# small errors: where a single series hardly shows the column (lowest doses, thin columns) even maximum likelihood may leave it.
 
 # %%
-usual = [r for r in rows if r.dose >= 3000]
-for r in usual:
-    if r.estimator == "library maximum likelihood":
-        assert abs(r.sd / r.crlb - 1) < 0.05 + 3 * r.sd_error / r.crlb, r
-    elif r.estimator == "Gaussian peak":
+for r in rows:
+    if r.estimator == "library maximum likelihood" and r.dose >= 3000:
+        assert abs(r.sd / r.crlb - 1) < 0.04 + 3 * r.sd_error / r.crlb, r
+        assert abs(r.bias) < 0.1 * r.sd + 3 * r.bias_error, r
+    elif r.estimator == "Gaussian peak" and r.dose >= 3000:
         assert r.sd / r.crlb > 1.4, r
