@@ -102,8 +102,8 @@ for r in rows:
     print(f"{r.estimator:28s} {r.n_atoms:6d} {r.dose:7.0f}  {r.series:6d}  {r.sd / r.crlb:5.3f} ± {r.sd_error / r.crlb:.3f}  {r.bias / r.sd:+6.3f}  {r.covered:6.3f}  {r.failed:6d}")
 
 # %% [markdown]
-# Maximum likelihood reaches the bound; the Gaussian peak scatters about twice as much, so needs about four times the dose. The bound is a statement about
-# small errors: where a single series hardly shows the column (lowest doses, thin columns) even maximum likelihood may leave it.
+# Maximum likelihood reaches the bound, down to 100 e/Å² for two atoms; the Gaussian peak scatters 1.7 to 2.1 times as much, so needs three to four times the
+# dose, and its own error bars are too small for thin columns.
 
 # %%
 for r in rows:

@@ -7,7 +7,7 @@ import pytest
 
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
-from depthprob.physics.gram import ColumnGram, default_reach, laguerre_gauss_modes, mode_spectra, prepare_sweep, sweep_column
+from depthprob.physics.gram import ColumnGram, default_reach, laguerre_gauss_modes, mode_spectra, prepare_sweep, sweep_atoms, sweep_column
 from depthprob.physics.library import build_gram, column_images, library_from_gram, load_gram, plane_wave_images, save_gram
 from depthprob.physics.multislice import multislice, transmission
 from depthprob.physics.optics import Microscope
@@ -31,8 +31,8 @@ def still_column():
     return ColumnGram(np.asarray(blocks)[None], "Cu", 200e3, 3.6, 0.5, 40.0, 100.0, aperture, reach, 1, "lobato")
 
 
-def probe_signal(n_atoms, position, defocus, cell=CELL):
-    """Fraction of the beam detected from one probe, wave by wave."""
+def probe_signal(n_atoms, position, defocus, cell=CELL, displacements=0.0, lower=0.0):
+    """Fraction of the beam detected from one probe, wave by wave; atoms displaced laterally, and moved `lower` [Å]."""
     lam = wavelength(MICROSCOPE.energy)
     n = 270
     q = np.fft.fftfreq(n, cell / n)
@@ -42,8 +42,9 @@ def probe_signal(n_atoms, position, defocus, cell=CELL):
     centre = (n_atoms - 1) / 2 * 3.6
     ramp = np.exp(-2j * np.pi * (q * (cell / 2 + position[0]) + (q * (cell / 2 + position[1]))[:, None]))
     wave = aperture / np.sqrt((aperture**2).sum()) * ramp * np.exp(1j * np.pi * lam * radius**2 * (defocus + centre))
-    atom = transmission(np.array([[cell / 2, cell / 2]]), "Cu", (cell, cell), (n, n), 200e3, limit)
-    out = multislice(jnp.asarray(wave), jnp.stack([atom] * n_atoms), jnp.arange(n_atoms) * 3.6, (cell, cell), lam, limit)
+    places = cell / 2 + np.zeros((n_atoms, 2)) + displacements
+    atoms = [transmission(place[None], "Cu", (cell, cell), (n, n), 200e3, limit) for place in places]
+    out = multislice(jnp.asarray(wave), jnp.stack(atoms), jnp.arange(n_atoms) * 3.6 + lower, (cell, cell), lam, limit)
     inner, outer = (np.clip((radius - a * 1e-3 / lam) * cell + 0.5, 0, 1) for a in (40, 100))
     return float((np.abs(out) ** 2 * (inner - outer)).sum())
 
@@ -139,3 +140,22 @@ def test_aberrations_that_are_not_round_go_by_plane_waves(still_column):
     lens = Microscope(energy=3e5, convergence_angle=20.0, aberrations={"C12_A": 30.0, "phi12_deg": 0.0})
     images = column_images(still_column.blocks[0, :1], still_column.modes, lens, np.array([80.0]), 16.0, 80)[0, 0]
     assert abs(images - images.T).max() > 0.05 * images.max()
+
+
+def test_atoms_of_one_configuration_and_their_depths():
+    """Displaced atoms, no symmetry: value and derivatives by each depth against single probes and their differences."""
+    aperture = 20e-3 / wavelength(MICROSCOPE.energy)
+    reach = default_reach(COLUMN, 20.0)
+    sweep = prepare_sweep(COLUMN, MICROSCOPE.energy, aperture, DETECTOR, reach, sampling=0.05, cell=CELL)
+    u = np.array([[0.1, -0.05], [0.0, 0.12], [-0.08, 0.03]])
+    grams = sweep_atoms(jnp.asarray(u, jnp.float32), sweep)
+    size, f = 80, 45.0
+    images = plane_wave_images(grams, laguerre_gauss_modes(reach, aperture), MICROSCOPE, np.array([f]), CELL, size)[:, 0]
+    with jax.enable_x64(True):
+        for y, x in ((0, 0), (2, -3), (0, 9)):
+            probe = lambda lower: probe_signal(3, (x * CELL / size, y * CELL / size), f, displacements=u, lower=lower)
+            assert abs(images[0, y, x] - probe(0.0)) < 0.01 * images[0].max()  # the modes' tapered edge, as above
+            for a in range(3):
+                way = 0.05 * np.eye(3)[a]
+                difference = (probe(way) - probe(-way)) / 0.1
+                assert abs(images[1 + a, y, x] - difference) < 0.02 * abs(images[1:]).max(), (y, x, a)

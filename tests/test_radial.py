@@ -9,7 +9,7 @@ import pytest
 from scipy.integrate import quad
 from scipy.special import j0, jv
 
-from depthprob.inference.fisher import AtomInformation, _information, atom_information, poisson_fisher
+from depthprob.inference.fisher import AtomInformation, atom_information, information_of, poisson_fisher
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.focal_series import FocalSeries
 from depthprob.physics.library import column_images, load_gram
@@ -120,7 +120,7 @@ def test_bounds_need_double_precision():
 
 def test_an_unknown_direction_leaves_the_atoms_it_does_not_move_bounded():
     # atoms 1 and 2 enter only through their difference, atom 3 alone
-    found = _information(np.array([[1.0, -1, 0], [-1, 1, 0], [0, 0, 4]]))
+    found = information_of(np.array([[1.0, -1, 0], [-1, 1, 0], [0, 0, 4]]))
     assert np.isinf(found.atom_sd[:2]).all()
     np.testing.assert_allclose(found.atom_sd[2], 0.5)
 

@@ -9,6 +9,7 @@ diagonal in l with equal blocks for l and -l: averaging over that group is a mat
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -154,6 +155,7 @@ class Sweep(NamedTuple):
     incident: jax.Array  # (mode, y, x) spectra at atom 1
     atom: jax.Array  # (y, x) low-passed transmission of one atom at the origin, Fourier
     propagator: jax.Array  # (y, x) to the next atom, band-limited
+    rate: jax.Array  # (y, x) phase that a wave gains per Å of propagation
     qx: jax.Array
     qy: jax.Array
     detected: np.ndarray  # flat indices of detector pixels
@@ -230,6 +232,7 @@ def prepare_sweep(
         incident=jnp.asarray(incident * mask, jnp.complex64),
         atom=jnp.fft.fft2(jnp.asarray(atom, jnp.complex64)),
         propagator=jnp.asarray(mask * np.exp(-1j * np.pi * lam * q2 * column.spacing), jnp.complex64),
+        rate=jnp.asarray(-np.pi * lam * q2 * mask, jnp.float32),
         qx=jnp.asarray(q, jnp.float32),
         qy=jnp.asarray(q, jnp.float32),
         detected=detected,
@@ -248,24 +251,65 @@ def sweep_column(
         Lateral displacement of each atom [Å], top atom first. One pass serves all atom numbers: the wave after atom n is the exit
         wave of the n-atom column.
     """
-    by_l = [[np.flatnonzero(modes.l == s * l) for s in ((1, -1) if l else (1,))] for l in range(modes.order + 1)]
-    size = modes.order // 2 + 1
 
     def gram(waves):
         seen = waves.reshape(len(modes.l), -1)[:, sweep.detected] * sweep.weight
-        blocks = []
-        for groups in by_l:
-            block = sum(seen[g].conj() @ seen[g].T for g in groups) / len(groups)
-            blocks.append(jnp.pad(block, [(0, size - block.shape[0])] * 2))
-        return jnp.stack(blocks)
+        return _blocks(lambda g: seen[g].conj() @ seen[g].T, modes)
 
     def atom(waves, displacement):
-        shift_x = jnp.exp(-2j * jnp.pi * sweep.qx * displacement[0])
-        shift_y = jnp.exp(-2j * jnp.pi * sweep.qy * displacement[1])
-        transmitted = jnp.fft.ifft2(sweep.atom * shift_y[:, None] * shift_x).astype(jnp.complex64)
-        scatter = lambda wave: jnp.fft.fft2(transmitted * jnp.fft.ifft2(wave))
-        waves = jax.lax.map(scatter, waves, batch_size=8)
-        blocks = gram(waves)
-        return waves * sweep.propagator, blocks
+        waves = _scatter(waves, displacement, sweep)
+        return waves * sweep.propagator, gram(waves)
 
     return jax.lax.scan(atom, sweep.incident, displacements)[1]
+
+
+def symmetrised(grams: Complex[Array, "... mode mode"], modes: Modes) -> Complex[Array, "... l p p"]:
+    """Gram blocks of whole matrices averaged over all turns and mirrors about the column."""
+    return _blocks(lambda g: grams[..., g[:, None], g], modes)
+
+
+def _blocks(block_of: Callable, modes: Modes) -> Array:
+    """Zero-padded blocks of |l| = 0 ... order, the mean over both signs, from what `block_of` some modes."""
+    size = modes.order // 2 + 1
+    blocks = []
+    for l in range(modes.order + 1):
+        both = [block_of(np.flatnonzero(modes.l == sign * l)) for sign in ((1, -1) if l else (1,))]
+        block = sum(both) / len(both)
+        spare = size - block.shape[-1]
+        blocks.append(jnp.pad(block, [(0, 0)] * (block.ndim - 2) + [(0, spare)] * 2))
+    return jnp.stack(blocks, -3)
+
+
+def _scatter(waves: Complex[Array, "wave y x"], displacement: Float[Array, "2"], sweep: Sweep) -> Complex[Array, "wave y x"]:
+    """Spectra after one atom displaced laterally [Å]."""
+    shift_x = jnp.exp(-2j * jnp.pi * sweep.qx * displacement[0])
+    shift_y = jnp.exp(-2j * jnp.pi * sweep.qy * displacement[1])
+    transmitted = jnp.fft.ifft2(sweep.atom * shift_y[:, None] * shift_x).astype(jnp.complex64)
+    return jax.lax.map(lambda wave: jnp.fft.fft2(transmitted * jnp.fft.ifft2(wave)), waves, batch_size=8)
+
+
+def sweep_atoms(displacements: Float[Array, "atom xy"], sweep: Sweep, batch: int = 65) -> Complex[np.ndarray, "entry mode mode"]:
+    """Gram matrix of the whole column in one thermal configuration, then its derivative by the depth of each atom [1/Å], top atom first.
+
+    All pairs of modes, not symmetrised. Tangents travel with the waves, each from its own atom on; complex64.
+    """
+    step = jax.jit(_with_tangents)
+    seen = []
+    for at in range(0, len(sweep.incident), batch):
+        waves = sweep.incident[at : at + batch][None]
+        for displacement in displacements:
+            waves = step(waves, displacement, sweep)
+        seen.append(np.asarray(waves.reshape(*waves.shape[:2], -1)[..., sweep.detected] * sweep.weight))
+    value, *tangents = np.concatenate(seen, 1)
+    gram = value.conj() @ value.T
+    derivatives = [tangent.conj() @ value.T for tangent in tangents]
+    return np.stack([gram, *(d + d.conj().T for d in derivatives)])
+
+
+def _with_tangents(waves: Complex[Array, "entry wave y x"], displacement: Float[Array, "2"], sweep: Sweep) -> Complex[Array, "entry+1 wave y x"]:
+    """Waves and tangents at the next atom; its own tangent, last: moved down, it is met after a longer and left for a shorter way."""
+    entries, n, *grid = waves.shape
+    longer = 1j * sweep.rate
+    met = jnp.concatenate([waves, (longer * waves[0])[None]]).reshape(-1, *grid)
+    left = _scatter(met, displacement, sweep).reshape(entries + 1, n, *grid)
+    return left.at[-1].add(-longer * left[0]) * sweep.propagator

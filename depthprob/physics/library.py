@@ -228,7 +228,7 @@ def column_images(
 def plane_wave_images(
     grams: np.ndarray, modes: Modes, microscope: Microscope, plane: np.ndarray, cell: float, size: int
 ) -> Float[np.ndarray, "gram z y x"]:
-    """`column_images` for any aberrations, in the precision of `grams`.
+    """`column_images` for any aberrations, in the precision of `grams`; also of whole matrices (m, mode, mode), as from `sweep_atoms`.
 
     Notes
     -----
@@ -255,25 +255,28 @@ def plane_wave_images(
 
     spread = float(microscope.focal_spread)
     nodes, weights = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
+    if grams.ndim == 3:
+        groups, blocks = (tuple(range(len(modes.l))),), [grams]
+    else:
+        groups = tuple(tuple(np.flatnonzero(modes.l == value).tolist()) for value in dict.fromkeys(modes.l.tolist()))
+        blocks = [grams[:, abs(modes.l[g[0]]), : len(g), : len(g)] for g in groups]
     a_at = lambda crossover: spectra * jnp.exp(-1j * (chi - jnp.pi * lam * k2 * crossover)).astype(kind)
     out = np.zeros((len(grams), len(plane), size, size), real)
     for i, z in enumerate(plane):
         for node, weight in zip(nodes, weights / weights.sum()):
-            out[:, i] += weight * np.asarray(_images(grams, a_at(z + spread * node), flat, source_factor, tuple(modes.l.tolist()), size))
+            out[:, i] += weight * np.asarray(_images(blocks, a_at(z + spread * node), flat, source_factor, groups, size))
     return out
 
 
-@partial(jax.jit, static_argnames=("l", "size"))
-def _images(grams, spectra, flat, source_factor, l: tuple[int, ...], size: int):
-    """One plane of `column_images`: probe spectra (mode, inside) at pixels `flat` to images (gram, y, x)."""
-    waves = jnp.zeros((len(l), size * size), spectra.dtype).at[:, flat].set(spectra)
-    waves = jnp.fft.fft2(waves.reshape(-1, size, size)).reshape(len(l), -1)
-    total = jnp.zeros((len(grams), size * size), source_factor.dtype)
-    for value in dict.fromkeys(l):
-        g = np.flatnonzero(np.array(l) == value)
-        n = len(g)
-        block = grams[:, abs(value), :n, :n].reshape(-1, n)
-        seen = (block @ waves[g]).reshape(len(grams), n, -1)
+@partial(jax.jit, static_argnames=("groups", "size"))
+def _images(blocks: list[Array], spectra, flat, source_factor, groups: tuple[tuple[int, ...], ...], size: int):
+    """One plane of `column_images`: probe spectra (mode, inside) at pixels `flat` to images (gram, y, x); a block couples one group of modes."""
+    waves = jnp.zeros((len(spectra), size * size), spectra.dtype).at[:, flat].set(spectra)
+    waves = jnp.fft.fft2(waves.reshape(-1, size, size)).reshape(len(spectra), -1)
+    total = jnp.zeros((len(blocks[0]), size * size), source_factor.dtype)
+    for group, block in zip(groups, blocks, strict=True):
+        g = np.array(group)
+        seen = (block.reshape(-1, len(g)) @ waves[g]).reshape(len(block), len(g), -1)
         total = total + jnp.sum(waves[g].real * seen.real + waves[g].imag * seen.imag, 1)
     return jnp.fft.ifft2(jnp.fft.fft2(total.reshape(-1, size, size)) * source_factor).real
 
