@@ -57,7 +57,7 @@ def infer(
     key: jax.Array | None = None,
     samples: int = 500,
     chains: int = 2,
-    warmup: int = 75,
+    warmup: int = 40,
     estimate: Estimate | None = None,
     progress_bar: bool = True,
 ) -> Posterior:
@@ -108,7 +108,7 @@ def _whitened(problem: Problem, mode: np.ndarray, factor: np.ndarray):
 
 
 def _nuts(model, size, key, samples, chains, warmup, progress_bar):
-    # the mass matrix is the identity by construction; only the step is adapted
+    # the mass matrix is the identity by construction; only the step is adapted, which takes few draws
     kernel = NUTS(model, dense_mass=False, adapt_mass_matrix=False, step_size=0.4, target_accept_prob=0.7, max_tree_depth=4)
     mcmc = MCMC(kernel, num_warmup=warmup, num_samples=samples, num_chains=chains, chain_method="sequential", progress_bar=progress_bar)
     key_start, key_run = jax.random.split(key)
@@ -141,7 +141,7 @@ def _svi(model, size, key, samples, chains, warmup, progress_bar):
     guide = AutoMultivariateNormal(model, init_scale=1.0, init_loc_fn=numpyro.infer.init_to_value(values={"z": jnp.zeros(size)}))
     svi = SVI(model, guide, numpyro.optim.Adam(3e-3), Trace_ELBO(num_particles=2))
     key_run, key_draw = jax.random.split(key)
-    result = svi.run(key_run, 4 * warmup, progress_bar=progress_bar)
+    result = svi.run(key_run, 8 * warmup, progress_bar=progress_bar)
     z = np.asarray(guide.sample_posterior(key_draw, result.params, sample_shape=(chains, samples))["z"], float)
     return z, {}, {"chains": chains, "samples": samples, "final_loss": float(result.losses[-1])}
 
