@@ -32,7 +32,7 @@ _PUBLIC = {
     "to_arviz": "inference.posterior",
     "wavelength": "physics.electron",
 }
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

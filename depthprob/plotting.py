@@ -12,7 +12,7 @@ def _extent(shape, pixel_size):
 
 def plot_stack(axes, stack, defocus, pixel_size):
     """The stack at as many foci as there are axes, each on its own grey scale; defocus positive is underfocus."""
-    for ax, i in zip(axes, np.linspace(0, len(stack) - 1, len(axes)).round().astype(int)):
+    for ax, i in zip(axes, np.linspace(0, len(stack) - 1, len(axes)).round().astype(int), strict=True):
         ax.imshow(stack[i], cmap="gray", extent=_extent(stack.shape[1:], pixel_size))
         ax.set_title(f"defocus {defocus[i]:+.0f} Å", fontsize=9)
         ax.set_xlabel("x (Å)")
@@ -32,7 +32,7 @@ def plot_counts(ax, image, positions, n_atoms, pixel_size):
     """Average of the sharpest images with every column's number of atoms."""
     ax.imshow(image, cmap="gray", extent=_extent(image.shape, pixel_size))
     if len(positions) <= 250:
-        for (x, y), n in zip(positions, n_atoms):
+        for (x, y), n in zip(positions, n_atoms, strict=True):
             ax.text(x, y, str(n), color="#F0E442", ha="center", va="center", fontsize=8, weight="bold")
     else:
         ax.scatter(*positions.T, c=n_atoms, s=3, cmap="viridis")
@@ -70,7 +70,7 @@ def plot_depth_map(ax, positions, depth, sd, limits, size=170.0):
     """Columns as discs coloured by depth; the number in each is its standard deviation in Å."""
     drawn = ax.scatter(*positions.T, c=depth, s=size, cmap="cividis", vmin=limits[0], vmax=limits[1], edgecolors=GREY, linewidths=0.5)
     if len(positions) <= 150:
-        for (x, y), d, s in zip(positions, depth, sd):
+        for (x, y), d, s in zip(positions, depth, sd, strict=True):
             light = (d - limits[0]) > 0.55 * (limits[1] - limits[0])
             ax.text(x, y, f"{s:.1f}", ha="center", va="center", fontsize=6, color="black" if light else "white")
     ax.set(xlabel="x (Å)", ylabel="y (Å)", aspect="equal")

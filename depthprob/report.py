@@ -100,7 +100,7 @@ def _figures(r, truth):
         "estimator can reach with these counts. The Gaussian's bar is its fit's own and knows nothing of the neighbours."
     )
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    for ax, angle in zip(figure.subplots(1, 3), (None, 45.0, 90.0)):
+    for ax, angle in zip(figure.subplots(1, 3), (None, 45.0, 90.0), strict=True):
         plotting.plot_particle(ax, r.atoms, r.atom_sd, angle)
     yield "The particle", figure, (
         "Atoms on the planes of the crystal, along the beam and from the side (turned by 45° and 90° about the beam). Each column sits on its most probable plane; "

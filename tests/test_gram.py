@@ -1,5 +1,7 @@
 """The Gram matrix of a column against probes carried through the same atoms one by one."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,7 +155,7 @@ def test_atoms_of_one_configuration_and_their_depths():
     images = plane_wave_images(grams, laguerre_gauss_modes(reach, aperture), MICROSCOPE, np.array([f]), CELL, size)[:, 0]
     with jax.enable_x64(True):
         for y, x in ((0, 0), (2, -3), (0, 9)):
-            probe = lambda lower: probe_signal(3, (x * CELL / size, y * CELL / size), f, displacements=u, lower=lower)
+            probe = partial(probe_signal, 3, (x * CELL / size, y * CELL / size), f, CELL, u)
             assert abs(images[0, y, x] - probe(0.0)) < 0.01 * images[0].max()  # the modes' tapered edge, as above
             for a in range(3):
                 way = 0.05 * np.eye(3)[a]

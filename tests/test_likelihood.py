@@ -70,7 +70,7 @@ def test_expected_counts_are_the_sum_of_the_columns_images(library):
     x, y = np.arange(34) * 0.4, np.arange(30) * 0.4
     direct = 2e-4 + sum(
         library.series(n, DEFOCUS - d, x - px, y - py)
-        for (px, py), n, d in zip(field().positions, field().n_atoms, field().depths)
+        for (px, py), n, d in zip(field().positions, field().n_atoms, field().depths, strict=True)
     )
     # frequencies under 1e-4 of the largest are left out
     np.testing.assert_allclose(counts / (9612 * 0.16), direct, atol=2e-3 * direct.max())

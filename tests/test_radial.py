@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import quad
-from scipy.special import j0, jv
+from scipy.special import jv
 
 from depthprob.inference.fisher import AtomInformation, atom_information, information_of, poisson_fisher
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.focal_series import FocalSeries
+from depthprob.physics.gram import bessel
 from depthprob.physics.library import column_images, load_gram
 from depthprob.physics.optics import Microscope
-from depthprob.physics.gram import bessel
 from depthprob.physics.radial import prepare_radial, projected_potential, radial_gram
 from depthprob.physics.scattering import POTENTIAL_PER_SCATTERING_FACTOR, scattering_factor
 from depthprob.physics.specimen import Column

@@ -7,6 +7,7 @@ Images and derivatives are float32, and so are sums over the pixels of a tile an
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -446,7 +447,7 @@ def column_information(
         strip[part], row[part] = s, np.arange(len(part))
     rows_of = lambda c: (row[c][:, None] * n_kinds + np.arange(n_kinds)).ravel()
     diagonal = [np.zeros((n_kinds * len(p),) * 2) for p in parts]
-    lower = [np.zeros((n_kinds * len(b), n_kinds * len(a))) for a, b in zip(parts[:-1], parts[1:], strict=True)]
+    lower = [np.zeros((n_kinds * len(b), n_kinds * len(a))) for a, b in pairwise(parts)]
     scale = np.broadcast_to(np.asarray(series.dose, float), (n_foci,)) * series.pixel_size**2
     gain = np.exp(parameters["log_gain"])
     sign = np.array([1.0]) if amplitude else np.array([-1.0, 1.0, 1.0])

@@ -21,7 +21,6 @@ from . import local
 from .arrow import ArrowFactor
 from .likelihood import GLOBAL, PER_COLUMN, Estimate, Problem, field_of, from_vector, log_posterior, maximum, to_vector
 
-
 LARGE = 200  # columns beyond which fields are fitted window by window
 
 

@@ -68,7 +68,7 @@ def mode_spectra(modes: Modes, kx: np.ndarray, ky: np.ndarray) -> np.ndarray:
     rho = np.hypot(kx, ky) / width
     phi = np.arctan2(ky, kx)
     spectra = np.empty((len(modes.p), *rho.shape), np.complex64)
-    for i, (p, l) in enumerate(zip(modes.p, modes.l)):
+    for i, (p, l) in enumerate(zip(modes.p, modes.l, strict=True)):
         m = abs(l)
         norm = math.exp(0.5 * (gammaln(p + 1) - gammaln(p + m + 1))) / math.sqrt(math.pi) / width
         radial = norm * rho**m * eval_genlaguerre(p, m, rho**2) * np.exp(-(rho**2) / 2)

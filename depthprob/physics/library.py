@@ -263,7 +263,7 @@ def plane_wave_images(
     a_at = lambda crossover: spectra * jnp.exp(-1j * (chi - jnp.pi * lam * k2 * crossover)).astype(kind)
     out = np.zeros((len(grams), len(plane), size, size), real)
     for i, z in enumerate(plane):
-        for node, weight in zip(nodes, weights / weights.sum()):
+        for node, weight in zip(nodes, weights / weights.sum(), strict=True):
             out[:, i] += weight * np.asarray(_images(blocks, a_at(z + spread * node), flat, source_factor, groups, size))
     return out
 

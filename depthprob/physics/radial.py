@@ -10,6 +10,7 @@ Everything is float64 and complex128: bounds on single atoms rest on differences
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -245,7 +246,7 @@ def ring_grams(
     depths = (jnp.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * column.spacing
     grids = _grids(column, energy, aperture, edges, modes, parametrization)
     sweep = jax.jit(radial_grams)
-    rings = list(zip(edges[:-1], edges[1:], strict=True))
+    rings = list(pairwise(edges))
     return np.stack([np.asarray(sweep(depths, _with_detector(grids, *ring, energy, modes))) for ring in progress(rings, desc="detector rings", unit="ring")])
 
 

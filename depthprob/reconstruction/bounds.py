@@ -29,7 +29,7 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     library = library_for(config, largest, progress)
     absorptive = config.thermal.model == "absorptive"
     gram = None if absorptive else gram_for(config, largest, progress)
-    pixels = int(round(settings.field_of_view_A / settings.pixel_size_A))
+    pixels = round(settings.field_of_view_A / settings.pixel_size_A)
     shape = (pixels + 1 - pixels % 2,) * 2
     defocus = settings.defocus
     dose = np.broadcast_to(np.asarray(settings.dose, float), defocus.shape)

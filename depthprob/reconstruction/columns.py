@@ -88,7 +88,7 @@ def fit_columns(
     xy = np.array(positions, float)
     background = float(np.quantile(data, 0.05))
     height = np.maximum(_sample(image, xy, pixel_size) - background, 1e-9)
-    for iteration in range(iterations):
+    for _ in range(iterations):
         rows, cols, dx, dy = _near(xy, 4 * width + pixel_size, pixel_size, image.shape, periodic)
         r2 = dx**2 + dy**2
         bell = np.exp(-r2 / (2 * width**2))

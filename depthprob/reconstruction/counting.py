@@ -72,19 +72,18 @@ def gaussian_mixture_counts(cross_section: np.ndarray, max_components: int = 15,
     """
     x = np.sort(np.asarray(cross_section, float))
     order = np.argsort(np.argsort(cross_section))
-    best, icl = None, []
+    found, icl = [], []
     rng = np.random.default_rng(0)
     for k in range(1, max(1, min(max_components, len(x))) + 1):
         fits = []
         for start in range(starts):
             means = np.quantile(x, (np.arange(k) + 0.5) / k) if start == 0 else np.linspace(x[0], x[-1], k + 2)[1:-1] if start == 1 else np.sort(rng.choice(x, k, replace=False))
             fits.append(_expectation_maximisation(x, means, iterations))
-        loglik, means, weights, width, responsibility = max(fits, key=lambda f: f[0])
+        loglik, means, _, width, responsibility = max(fits, key=lambda f: f[0])
         entropy = -(responsibility * np.log(np.maximum(responsibility, 1e-300))).sum()
         icl.append(-2 * loglik + 2 * k * np.log(len(x)) + 2 * entropy)
-        if best is None or icl[-1] < best[0]:
-            best = (icl[-1], k, means, width, responsibility.argmax(1) + 1)
-    _, components, means, width, n = best
+        found.append((k, means, width, responsibility.argmax(1) + 1))
+    components, means, width, n = found[int(np.argmin(icl))]
     return Mixture(n[order], components, np.array(icl), means, float(width))
 
 

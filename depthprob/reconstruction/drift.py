@@ -129,4 +129,4 @@ def shift_images(stack: np.ndarray, shifts: np.ndarray, periodic: bool = False) 
         return np.fft.ifft2(np.fft.fft2(stack) * ramp).real
     from scipy.ndimage import shift
 
-    return np.stack([shift(image, (dy, dx), order=3, mode="nearest") for image, (dx, dy) in zip(stack, shifts)])
+    return np.stack([shift(image, (dy, dx), order=3, mode="nearest") for image, (dx, dy) in zip(stack, shifts, strict=True)])

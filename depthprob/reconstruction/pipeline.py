@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from ..config import Config, read_config
 from ..errors import InputError
+from ..inference import likelihood, local
 from ..inference.counts import depth_shifts, marginal_draws, mean_square_shift
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
-from ..inference import likelihood, local
 from ..inference.likelihood import field_of, goodness_of_fit, make_problem
 from ..inference.posterior import LARGE, infer, to_arviz, write_netcdf
 from ..io import Stack, read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
@@ -27,7 +27,7 @@ from .columns import central_average, find_columns, fit_columns
 from .counting import count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .lattice import snap
-from .libraries import atoms_needed, column_geometry, detector_of, library_for, microscope_of, read_variance_of, z_range_of
+from .libraries import atoms_needed, column_geometry, detector_of, library_for, microscope_of, read_variance_of
 
 GAUGE = "absolute: z = 0 is the plane in focus at defocus 0 (the focus offset is held at zero)"
 GAUGE_FREE = "relative: with a free focus offset only depths relative to the field's mean are measured, and the mean of all depths is zero"
@@ -429,8 +429,8 @@ def simulate(config: Config, noise: bool = True, quiet: bool = False) -> Stack:
             atoms, element, config.specimen.debye_waller_b, cell, microscope, detector_of(config), config.thermal.configurations,
             config.thermal.seed, sampling, config.simulation.parametrization, progress=progress,
         )
-        shape = tuple(int(round(side / pixel)) for side in cell[::-1])
-        if any(abs(n * pixel - side) > 1e-3 * pixel * n for n, side in zip(shape[::-1], cell)):
+        shape = tuple(round(side / pixel) for side in cell[::-1])
+        if any(abs(n * pixel - side) > 1e-3 * pixel * n for n, side in zip(shape[::-1], cell, strict=True)):
             raise InputError(f"pixel_size_A is {pixel:g} Å, but the cell of {cell[0]:g} x {cell[1]:g} Å is no whole number of pixels. Choose one that divides both sides.")
         weight = (config.thermal.configurations + 1) // 2 / config.thermal.configurations
         fraction = images_from_gram(weight * halves[0] + (1 - weight) * halves[1], waves, cell, microscope, defocus, shape)
