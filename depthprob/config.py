@@ -356,6 +356,7 @@ class SpecimenConfig:
     structure: str = _key("fcc", _choice(STRUCTURES))
     cell_file: str | None = _key(None, _text)
     lattice_constant_A: float = _key(4.08, _number(above=0.0, at_most=1000.0))
+    lattice_constant_c_A: float | None = _key(None, _number(above=0.0, at_most=1000.0))  # hcp; ideal by default
     zone_axis: tuple[int, ...] = _key((0, 0, 1), _list_of(_number(whole=True), 3))
     debye_waller_B_A2: float | None = _key(0.63, _not_negative)
     rms_displacement_A: float | None = _key(None, _not_negative)
@@ -376,6 +377,8 @@ class SpecimenConfig:
             raise _fail(
                 "specimen.zone_axis", list(self.zone_axis), "three whole numbers not all zero"
             )
+        if self.lattice_constant_c_A is not None and self.structure != "hcp":
+            raise _fail("specimen.lattice_constant_c_A", self.lattice_constant_c_A, "left out unless structure = 'hcp'")
         if (self.structure == "cell_file") != (self.cell_file is not None):
             raise InputError(
                 f"specimen.structure is {self.structure!r} and specimen.cell_file is {self.cell_file!r}; a unit "

@@ -800,3 +800,19 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     with atomic_write(path) as temporary:
         text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_atoms(path: Path):
+    """Atoms of a structure file as `ase.Atoms`.
+
+    Raises
+    ------
+    InputError
+        For a file that ASE cannot read.
+    """
+    import ase.io
+
+    try:
+        return ase.io.read(path)
+    except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, OSError, ValueError, KeyError, IndexError) as fault:
+        raise InputError(f"cannot read {str(path)!r} as a structure ({fault}). Give an extended XYZ or CIF file.") from fault

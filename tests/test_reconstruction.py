@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ase.build import bulk
+from scipy.spatial.transform import Rotation
 
 from depthprob.errors import InputError
 from depthprob.reconstruction.columns import central_average, find_columns, fit_columns
 from depthprob.reconstruction.counting import count_by_library, gaussian_mixture_counts
 from depthprob.reconstruction.drift import estimate_drift, shift_images
-from depthprob.reconstruction.lattice import crystal_columns, snap
+from depthprob.reconstruction.lattice import UnitCell, crystal_columns, snap, unit_cell
 
 PARTICLE = Path(__file__).parents[2] / "shared" / "data" / "particle_D.npz"
 needs_particle = pytest.mark.skipif(not PARTICLE.exists(), reason="particle_D.npz is not at hand")
@@ -26,7 +28,7 @@ needs_particle = pytest.mark.skipif(not PARTICLE.exists(), reason="particle_D.np
     ],
 )
 def test_columns_of_cubic_crystals(structure, zone, spacing, nearest):
-    geometry = crystal_columns(structure, 4.08, zone)
+    geometry = crystal_columns(unit_cell(structure, 4.08), zone)
     assert geometry.spacing == pytest.approx(spacing)
     if zone != (1, 1, 0):
         assert np.linalg.norm(geometry.basis[0]) == pytest.approx(nearest)
@@ -35,13 +37,50 @@ def test_columns_of_cubic_crystals(structure, zone, spacing, nearest):
     assert abs(np.linalg.det(geometry.basis)) * geometry.spacing == pytest.approx(4.08**3 / per_cell)
 
 
-def test_unknown_structure_says_what_is_known():
-    with pytest.raises(InputError, match="fcc"):
-        crystal_columns("diamond", 3.57, (1, 1, 1))
+def test_columns_of_uneven_spacing_are_refused():
+    with pytest.raises(InputError, match="evenly spaced"):
+        crystal_columns(unit_cell("diamond", 3.57), (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("structure", "zone", "columns_in_cell"),
+    [("fcc", (0, 0, 1), 1), ("fcc", (1, 1, 0), 1), ("bcc", (1, 1, 1), 1), ("diamond", (0, 0, 1), 2), ("diamond", (1, 1, 0), 2), ("hcp", (0, 0, 1), 2), ("hcp", (1, 0, 0), 2), ("cell", (1, 1, 0), 2)],
+)
+def test_columns_of_a_crystal_built_elsewhere_snap_to_their_planes(structure, zone, columns_in_cell):
+    """Runs of atoms of a crystal that ASE built and turned, in any rotation about the beam, from depths with small errors."""
+    rng = np.random.default_rng(7)
+    if structure == "hcp":
+        cell = bulk("Ti", "hcp", a=2.95, c=4.68)
+        crystal = unit_cell("hcp", 2.95, 4.68)
+    else:
+        cell = bulk("Si", "diamond" if structure == "cell" else structure, a=4.3, cubic=True)
+        crystal = UnitCell(cell.cell.array, cell.cell.array, cell.positions) if structure == "cell" else unit_cell(structure, 4.3)
+    beam = np.array(zone) @ cell.cell.array
+    geometry = crystal_columns(crystal, zone)
+    if structure != "cell":  # whose cubic cell repeats more often than it says
+        assert len(geometry.sites) == columns_in_cell
+    atoms = cell.repeat((16, 16, 16)).positions
+    atoms = atoms - atoms.mean(0)
+    turn = Rotation.align_vectors([[0, 0, 1]], [beam / np.linalg.norm(beam)])[0]
+    atoms = Rotation.from_euler("z", 0.4).apply(turn.apply(atoms))
+    atoms = atoms[(np.hypot(*atoms.T[:2]) < 8) & (abs(atoms[:, 2]) < 20)]
+    _, column = np.unique(atoms[:, :2].round(3) + 0.0, axis=0, return_inverse=True)
+    xy, z, n = [], [], []
+    for c in range(column.max() + 1):
+        own = np.sort(atoms[column == c, 2])
+        number = rng.integers(3, 6)
+        first = rng.integers(0, len(own) - number + 1)
+        xy.append(atoms[column == c][0, :2])
+        z.append(own[first : first + number].mean())
+        n.append(number)
+    xy, z, n = np.array(xy) + rng.normal(0, 0.02, (len(xy), 2)), np.array(z), np.array(n)
+    fit = snap(xy, z + rng.normal(0, 0.15, len(z)), np.full(len(z), 0.15), n, geometry)
+    assert np.all(abs(fit.depth - z) < 0.2 + 3 * fit.offset_sd)
+    assert fit.probability.min() > 0.9
 
 
 def test_lattice_probabilities_are_calibrated():
-    geometry = crystal_columns("fcc", 4.08, (0, 0, 1))
+    geometry = crystal_columns(unit_cell("fcc", 4.08), (0, 0, 1))
     rng = np.random.default_rng(5)
     i, j = (a.ravel() for a in np.mgrid[:6, :6])
     right, stated = 0, 0.0

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import Config
 from ..errors import InputError
+from ..io import read_atoms
 from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
 from ..physics.gram import ColumnGram
@@ -18,7 +19,7 @@ from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load
 from ..physics.optics import Microscope
 from ..physics.radial import absorptive_gram
 from ..physics.specimen import Column
-from .lattice import CrystalColumns, crystal_columns
+from .lattice import CrystalColumns, UnitCell, crystal_columns, unit_cell
 
 SCRAMBLINGS = 8  # fewer make no depth error one can trust
 MARGIN = 60.0  # Å that depths may lie beyond the foci
@@ -174,7 +175,20 @@ def read_variance_of(config: Config) -> float:
 def column_geometry(config: Config) -> CrystalColumns:
     """Columns of the config's crystal along its zone axis."""
     s = config.specimen
-    return crystal_columns(s.structure, s.lattice_constant_A, s.zone_axis)
+    crystal = read_cell(config) if s.cell_file else unit_cell(s.structure, s.lattice_constant_A, s.lattice_constant_c_A)
+    return crystal_columns(crystal, s.zone_axis)
+
+
+def read_cell(config: Config) -> UnitCell:
+    """The crystal in the config's cell_file."""
+    path = config.resolve(config.specimen.cell_file)
+    atoms = read_atoms(path)
+    cell, elements = np.asarray(atoms.cell), sorted(set(atoms.get_chemical_symbols()))
+    if abs(np.linalg.det(cell)) < 1e-6:
+        raise InputError(f"{str(path)!r} has no unit cell (its vectors are {cell.tolist()}). Give a crystal, for instance a CIF file.")
+    if elements != [config.specimen.element]:
+        raise InputError(f"{str(path)!r} holds {', '.join(elements)}, but specimen.element is {config.specimen.element!r}. Give a crystal of that element alone.")
+    return UnitCell(cell, cell, atoms.get_positions())
 
 
 def column_of(config: Config, n_atoms: int) -> Column:

@@ -18,7 +18,7 @@ from ..inference.counts import depth_shifts, marginal_draws, mean_square_shift
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
 from ..inference.likelihood import field_of, goodness_of_fit, make_problem
 from ..inference.posterior import LARGE, infer, to_arviz, write_netcdf
-from ..io import Stack, read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
+from ..io import Stack, read_atoms, read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.gram import default_sampling
 from ..physics.library import ColumnLibrary
@@ -447,15 +447,10 @@ def simulate(config: Config, noise: bool = True, quiet: bool = False) -> Stack:
 
 def _read_structure(config: Config):
     """Element, atoms (N, 3) and cell (Lx, Ly) of a structure file."""
-    import ase.io
-
     path = config.resolve(config.specimen.structure_file)
     if not path.is_file():
         raise InputError(f"no structure file {str(path)!r}. Give specimen.structure_file relative to the config.")
-    try:
-        atoms = ase.io.read(path)
-    except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, ValueError, KeyError, IndexError) as fault:
-        raise InputError(f"cannot read {str(path)!r} as a structure ({fault}). Give an extended XYZ or CIF file.") from fault
+    atoms = read_atoms(path)
     cell = np.asarray(atoms.cell)
     if abs(cell - np.diag(np.diag(cell))).max() > 1e-6 or cell[0, 0] <= 0 or cell[1, 1] <= 0:
         raise InputError(f"the cell of {str(path)!r} is {cell.tolist()}; allowed is an orthogonal cell with x and y sides above zero.")
