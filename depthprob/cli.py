@@ -107,7 +107,7 @@ def simulate(
     ] = True,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate the focal series of an isolated column or of a structure file."""
+    """Simulate the focal series of an isolated column or of a structure file; an interrupted run goes on where it stopped."""
     with _input_errors():
         settings = _settings(config)
         io.check_stack_name(output)
@@ -115,7 +115,9 @@ def simulate(
         _use_double_precision()
         from .reconstruction import pipeline
 
-        io.write_stack(output, pipeline.simulate(settings, noise=noise, quiet=quiet))
+        checkpoint = output.with_name(f".{output.name}.partial.npz")
+        io.write_stack(output, pipeline.simulate(settings, noise, quiet, checkpoint))
+        checkpoint.unlink(missing_ok=True)
     _say(f"wrote {output}", quiet)
 
 

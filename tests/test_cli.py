@@ -161,3 +161,9 @@ def test_the_command_itself_leaves_with_status_2_and_no_traceback(inputs):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_series_above_the_memory_limit_is_refused(inputs):
+    assert "--memory-limit is 0.5 GB" in reconstruct(inputs, "--memory-limit", "0.5")
+    (inputs / "config.toml").write_text(CONFIG + "[simulation]\nmemory_limit_GB = 0.5\n")
+    assert "simulation.memory_limit_GB is 0.5" in reconstruct(inputs)

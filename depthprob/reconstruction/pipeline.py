@@ -395,8 +395,10 @@ def run(stack_path, config: Config, folder, library_path=None, method=None, memo
     """
     stack = read_stack(stack_path, config)
     need = 60 * stack.data.size * 4 / 1e9 + 1.0
+    name = "simulation.memory_limit_GB" if memory_limit is None else "--memory-limit"
+    memory_limit = memory_limit or config.simulation.memory_limit_GB
     if memory_limit is not None and need > memory_limit:
-        raise InputError(f"--memory-limit is {memory_limit:g} GB; this series of {stack.data.shape} needs about {need:.1f} GB. Raise the limit or crop the series.")
+        raise InputError(f"{name} is {memory_limit:g} GB; this series of {stack.data.shape} needs about {need:.1f} GB. Raise the limit or crop the series.")
     library = ColumnLibrary.load(library_path) if library_path is not None else None
     write(reconstruct(stack, config, library, method, quiet), Path(folder))
 
@@ -412,10 +414,11 @@ def demo(folder, quiet: bool = False) -> None:
     write(reconstruct(stack, config, quiet=quiet, truth=truth), Path(folder))
 
 
-def simulate(config: Config, noise: bool = True, quiet: bool = False) -> Stack:
+def simulate(config: Config, noise: bool = True, quiet: bool = False, checkpoint: Path | None = None) -> Stack:
     """Focal series of the config's isolated column (frozen phonons, one Gram matrix), or of its structure file (full multislice).
 
-    A structure file needs an orthogonal periodic cell of one element; the image is the whole cell, z = 0 in focus at defocus 0.
+    A structure file needs an orthogonal periodic cell of one element; the image is the whole cell, z = 0 in focus at defocus 0. Its thermal
+    configurations are summed up in `checkpoint`, from which an interrupted run goes on.
     """
     progress = progress_bar(quiet)
     settings = config.focal_series
@@ -427,7 +430,7 @@ def simulate(config: Config, noise: bool = True, quiet: bool = False) -> Stack:
         sampling = config.simulation.potential_sampling_A or default_sampling(microscope.energy, config.detector.outer[0], microscope.convergence_angle)
         halves, waves = simulate_particle(
             atoms, element, config.specimen.debye_waller_b, cell, microscope, detector_of(config), config.thermal.configurations,
-            config.thermal.seed, sampling, config.simulation.parametrization, progress=progress,
+            config.thermal.seed, sampling, config.simulation.parametrization, checkpoint, progress,
         )
         shape = tuple(round(side / pixel) for side in cell[::-1])
         if any(abs(n * pixel - side) > 1e-3 * pixel * n for n, side in zip(shape[::-1], cell, strict=True)):
