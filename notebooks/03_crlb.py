@@ -101,7 +101,7 @@ print(f"largest difference of a derivative: {abs(np.array(differences) - counts[
 # bias goes. Such a product need not be positive: where its inverse is not, nothing can be said.
 
 # %%
-found = phonon_information(column, microscope, detector, series, (1,) if SMALL else (1, 4, 16), groups=2 if SMALL else 4)
+found = phonon_information(column, microscope, detector, series, (1,) if SMALL else (1, 4, 8), groups=2 if SMALL else 4)
 print("configurations                 bound on each atom (nm), mean and standard error over groups")
 for f in found:
     for name, fisher in (("raw", f.raw), ("symmetrised", f.symmetrised)):

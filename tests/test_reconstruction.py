@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.build import bulk
+from scipy.io import loadmat
+from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from depthprob.errors import InputError
@@ -161,3 +163,33 @@ def test_whole_pipeline_on_an_independent_particle(tmp_path):
     import arviz
 
     assert "depth" in arviz.from_netcdf(str(tmp_path / "out" / "posterior.nc"))["posterior"]
+
+
+STATSTEM = Path(__file__).parents[2] / "shared" / "data" / "statstem" / "ExamplePtIr.mat"
+
+
+@pytest.mark.skipif(not STATSTEM.exists(), reason="ExamplePtIr.mat is not at hand")
+def test_columns_of_an_experimental_image_are_those_of_statstem():
+    stored = loadmat(STATSTEM, struct_as_record=False, squeeze_me=True)
+    image, pixel = stored["input"].obs, float(stored["input"].dx)
+    theirs, volumes = stored["output"].coordinates - pixel, stored["output"].volumes
+    found = find_columns(image, pixel)
+    away, which = cKDTree(theirs).query(found)
+    assert away.max() < 0.5  # nothing in the vacuum
+    assert len(set(which)) == len(found) > 0.85 * len(theirs)  # the rest are single atoms about the rim, which their operator added
+    fit = fit_columns(image, theirs, pixel)
+    assert np.median(np.linalg.norm(fit.positions - theirs, axis=1)) < 0.03
+    assert abs(np.median(fit.volume / volumes) - 1) < 0.01
+    library = stored["input"].library[:, 1]
+    nearest = 1 + np.argmin(abs(volumes[:, None] - library), axis=1)
+    ours = count_by_library(fit.volume, fit.volume_sd, library, scale_sd=0.05).n
+    assert np.mean(ours == nearest) >= 0.93 and abs(ours - nearest).max() <= 1
+
+
+def test_a_wide_noisy_vacuum_hides_no_columns_and_makes_none():
+    rng = np.random.default_rng(3)
+    truth = 20 + np.stack([a.ravel() for a in np.mgrid[0:12:2.04, 0:12:2.04]], 1)
+    x = np.arange(512) * 0.2
+    ex, ey = (np.exp(-((x - t[:, None]) ** 2) / (2 * 0.5**2)) for t in truth.T)
+    image = 0.1 * ey.T @ ex + 0.003 + rng.normal(0, 2e-3, (512, 512))
+    assert len(find_columns(image, 0.2)) == len(truth)

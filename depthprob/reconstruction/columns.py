@@ -59,8 +59,12 @@ def find_columns(image: np.ndarray, pixel_size: float, periodic: bool = False, s
     peaks = soft == maximum_filter(soft, footprint=disc(max(0.7, 1.5 * pixel_size)), mode=mode)
     lowest = -maximum_filter(-soft, footprint=disc(max(1.6, 2 * pixel_size)), mode=mode)
     floor = np.quantile(soft, 0.02)
-    tall = np.median(np.sort(soft[peaks])[-max(3, int(peaks.sum() * 0.2)) :])
     rise = soft - lowest
+    peaks &= rise > 0
+    # the median weighted by squared height: however wide the vacuum, its thousands of small maxima weigh little
+    heights = np.sort(soft[peaks] - floor)
+    weight = np.cumsum(heights**2)
+    tall = floor + (heights[np.searchsorted(weight, weight[-1] / 2)] if len(heights) else 0.0)
     peaks &= (rise > significance * (tall - floor) * 0.4) & (soft - floor > significance * (tall - floor))
     iy, ix = np.nonzero(peaks)
     ny, nx = image.shape

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import logsumexp
 
+SCATTERS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.45)  # of cross-sections, in what one atom more adds
+ODD = 0.05  # share of columns that are none of the library's, such as single atoms on their way over a support
+
 
 class Counts(NamedTuple):
     """Atom numbers by a library.
@@ -50,18 +53,28 @@ def count_by_library(cross_section: np.ndarray, sd: np.ndarray, library: np.ndar
 
     A common factor near one may be fitted (`scale_sd` > 0: its prior sd); the sd of the comparison is the measured sd, and at least
     the scatter that the columns show about their nearest library values.
+
+    The factor maximises its posterior with atom numbers summed over and the columns' scatter fitted beside it. Numbers are
+    weighted by the gap between library values, so that a smaller factor, whose values lie closer, has no advantage by that alone.
     """
     scale = 1.0
     if scale_sd:
-        trial = np.exp(np.linspace(-3, 3, 241) * scale_sd)
-        miss = np.array([np.min(((cross_section[:, None] - s * library) / np.hypot(sd, 0.02 * cross_section)[:, None]) ** 2, 1).sum() for s in trial])
-        scale = trial[np.argmin(miss + (np.log(trial) / scale_sd) ** 2)]
+        factors = np.exp(np.linspace(-3, 3, 121) * scale_sd)
+        gap = np.log(np.gradient(library)) if len(library) > 1 else np.zeros(1)
+        scale = max(factors, key=lambda s: max(_log_density(cross_section, sd, s, t, library, gap) for t in SCATTERS) - (np.log(s) / scale_sd) ** 2 / 2)
     distance = cross_section[:, None] - scale * library
     nearest = np.min(abs(distance), 1)
     scatter = 1.4826 * np.median(nearest / cross_section)
     total = np.hypot(sd, min(scatter, 0.05) * cross_section)
     log_p = -0.5 * (distance / total[:, None]) ** 2
     return Counts(np.argmin(abs(distance), 1) + 1, np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True)), float(scale))
+
+
+def _log_density(cross_section: np.ndarray, sd: np.ndarray, scale: float, scatter: float, library: np.ndarray, log_gap: np.ndarray) -> float:
+    """Log-density of all cross-sections under scaled library values, blurred by errors and by a scatter in median gaps; some are odd."""
+    total = np.hypot(sd, scatter * scale * np.exp(np.median(log_gap)))[:, None]
+    each = np.log(scale) + log_gap - np.log(np.sqrt(2 * np.pi) * total) - 0.5 * ((cross_section[:, None] - scale * library) / total) ** 2
+    return float(np.logaddexp(np.log(1 - ODD) + logsumexp(each, axis=1), np.log(ODD)).sum())
 
 
 def gaussian_mixture_counts(cross_section: np.ndarray, max_components: int = 15, starts: int = 4, iterations: int = 200) -> Mixture:
