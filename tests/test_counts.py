@@ -1,31 +1,18 @@
 """Depths under uncertain counts, against whole fits with the wrong count."""
 
 import dataclasses
-from importlib import resources
 
-import jax
 import numpy as np
 import pytest
 
 from depthprob.inference.counts import REACH, depth_shifts, marginal_draws, mean_square_shift
 from depthprob.inference.likelihood import make_problem, maximum
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
-from depthprob.physics.library import ColumnLibrary
 
 DEFOCUS = np.arange(-160.0, 161.0, 20.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture(scope="module")
-def library():
-    name = next(f for f in resources.files("depthprob.data").iterdir() if f.name.startswith("library_"))
-    with resources.as_file(name) as path:
-        return ColumnLibrary.load(path)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 @pytest.fixture(scope="module")

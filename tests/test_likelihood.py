@@ -1,6 +1,5 @@
 """The joint fit on the packaged library: exact derivatives, recovery within its own bounds, a posterior that agrees."""
 
-from importlib import resources
 
 import equinox as eqx
 import jax
@@ -28,23 +27,12 @@ from depthprob.inference.likelihood import (
 )
 from depthprob.inference.posterior import infer, to_arviz
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
-from depthprob.physics.library import ColumnLibrary
 
 DEFOCUS = np.arange(-180.0, 181.0, 20.0)
 SERIES = FocalSeries(DEFOCUS, 0.4, np.full(len(DEFOCUS), 9612.0), (30, 34), False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture(scope="module")
-def library():
-    name = next(f for f in resources.files("depthprob.data").iterdir() if f.name.startswith("library_"))
-    with resources.as_file(name) as path:
-        return ColumnLibrary.load(path)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def field(depths=(-6.0, 3.0, 9.0)):

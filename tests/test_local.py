@@ -1,6 +1,5 @@
 """Large fields: window by window against the dense likelihood, and the arrow-shaped matrices against NumPy."""
 
-from importlib import resources
 
 import jax
 import numpy as np
@@ -11,23 +10,12 @@ from depthprob.inference.arrow import ArrowFactor, ArrowMatrix, plus_diagonal, s
 from depthprob.inference.likelihood import fisher_and_score, goodness_of_fit, make_problem
 from depthprob.inference.posterior import infer
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
-from depthprob.physics.library import ColumnLibrary
 
 DEFOCUS = np.arange(-160.0, 161.0, 40.0)
 FREE = ("positions", "background", "gain", "image_shifts", "focus_step", "source_size")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture(scope="module")
-def library():
-    name = next(f for f in resources.files("depthprob.data").iterdir() if f.name.startswith("library_"))
-    with resources.as_file(name) as path:
-        return ColumnLibrary.load(path)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["open", "periodic"])

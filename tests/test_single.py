@@ -1,8 +1,6 @@
 """Columns fitted one by one: against the joint fit, finite differences, the bound, and their own null distributions."""
 
-from importlib import resources
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from depthprob.inference import single
 from depthprob.inference.likelihood import depth_bounds, fisher_and_score, make_problem, maximum
 from depthprob.inference.single import compare_estimators, fit_single_columns
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
-from depthprob.physics.library import ColumnLibrary
 
 DEFOCUS = np.arange(-160.0, 161.0, 20.0)
 IMAGES = len(DEFOCUS)
@@ -20,17 +17,7 @@ SERIES = FocalSeries(DEFOCUS, 0.4, np.full(IMAGES, 9612.0), (19, 19))
 MIDDLE = 9 * 0.4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture(scope="module")
-def library():
-    name = next(f for f in resources.files("depthprob.data").iterdir() if f.name.startswith("library_"))
-    with resources.as_file(name) as path:
-        return ColumnLibrary.load(path)
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 
 def field(n, depth, dx, dy):
