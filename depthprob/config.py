@@ -254,6 +254,12 @@ class DetectorConfig:
                     f"detector.outer_mrad is {outer:g} and detector.inner_mrad is {inner:g}; the outer angle "
                     "must be the larger. Exchange them, or widen the annulus."
                 )
+        order = np.argsort(self.inner)
+        if np.any(self.inner[order][1:] < self.outer[order][:-1]):
+            raise InputError(
+                f"detector.inner_mrad is {list(self.inner)} and detector.outer_mrad is {list(self.outer)}: annuli overlap, and would record "
+                "an electron twice. Make them one, or move their edges apart."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -657,8 +663,6 @@ def check_supported(config: Config) -> None:
         Naming the setting and what to give instead.
     """
     detector, specimen = config.detector, config.specimen
-    if len(detector.inner) > 1:
-        raise _fail("detector.inner_mrad", list(detector.inner), "one annulus so far; give two numbers")
     if detector.sensitivity is not None:
         raise _fail("detector.sensitivity", detector.sensitivity, "a uniform detector so far; leave it out")
     if any(specimen.tilt_mrad):

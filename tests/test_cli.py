@@ -111,7 +111,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(inputs):
 @pytest.mark.parametrize(
     ("section", "word"),
     [
-        ("[detector]\ninner_mrad = [48, 90]\nouter_mrad = [90, 180]\n", "one annulus"),
         ("[specimen]\ntilt_mrad = [1, 0]\n", "tilt_mrad"),
     ],
 )

@@ -76,6 +76,7 @@ def test_a_descending_range_of_foci_is_fine():
         ({"detector": {"inner_mrad": 200}}, ["180", "200"]),
         ({"detector": {"inner_mrad": [10, 20]}}, ["equal length"]),
         ({"detector": {"inner_mrad": [10, 50], "outer_mrad": [20, 40]}}, ["50", "40"]),
+        ({"detector": {"inner_mrad": [50, 10], "outer_mrad": [90, 51]}}, ["overlap", "51"]),
         ({"detector": {"sensitivity": "nowhere.npy"}}, ["nowhere.npy"]),
         ({"focal_series": {"defocus_A": []}}, ["defocus_A"]),
         ({"focal_series": {"defocus_A": [1, 2, 1.0]}}, ["distinct"]),

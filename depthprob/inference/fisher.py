@@ -176,7 +176,7 @@ def phonon_information(
     waves travel on the coarse grid of the library's cheap sweep, in complex64; sums of the Fisher matrices are float64.
     """
     lam = float(wavelength(microscope.energy))
-    angle, outer = float(microscope.convergence_angle), float(detector.outer)
+    angle, outer = float(microscope.convergence_angle), detector.outermost
     aperture, reach = angle * 1e-3 / lam, default_reach(column, angle)
     modes = laguerre_gauss_modes(reach, aperture)
     sampling = max(default_sampling(microscope.energy, outer, angle), lam / (3 * CHEAP_ANGLE * outer * 1e-3))

@@ -102,8 +102,10 @@ class ColumnGram(eqx.Module):
     blocks : (scrambling, n_max, order + 1, P, P) complex
         <chi_pl| G |chi_p'l> of the column of n atoms for |l| = 0 ... order, P = order // 2 + 1, zero-padded; each scrambling a mean over
         `configurations` thermal configurations.
-    energy, spacing, debye_waller_b, inner, outer, aperture, reach : float
-        What it was built for: eV, Å, Å^2, mrad, mrad, largest incident frequency 1/Å, and Å.
+    energy, spacing, debye_waller_b, aperture, reach : float
+        What it was built for: eV, Å, Å^2, largest incident frequency 1/Å, and Å.
+    inner, outer, sensitivity
+        The detector's `record`.
     """
 
     blocks: np.ndarray
@@ -111,12 +113,13 @@ class ColumnGram(eqx.Module):
     energy: float = eqx.field(static=True)
     spacing: float = eqx.field(static=True)
     debye_waller_b: float = eqx.field(static=True)
-    inner: float = eqx.field(static=True)
-    outer: float = eqx.field(static=True)
+    inner: float | tuple[float, ...] = eqx.field(static=True)
+    outer: float | tuple[float, ...] = eqx.field(static=True)
     aperture: float = eqx.field(static=True)
     reach: float = eqx.field(static=True)
     configurations: int = eqx.field(static=True)
     parametrization: str = eqx.field(static=True)
+    sensitivity: str = eqx.field(static=True, default="")
 
     @classmethod
     def of(cls, blocks, column: Column, energy, aperture, detector: AnnularDetector, reach, configurations: int, parametrization: str) -> "ColumnGram":
@@ -127,12 +130,11 @@ class ColumnGram(eqx.Module):
             energy=float(energy),
             spacing=float(column.spacing),
             debye_waller_b=float(column.debye_waller_b),
-            inner=float(detector.inner),
-            outer=float(detector.outer),
             aperture=float(aperture),
             reach=float(reach),
             configurations=configurations,
             parametrization=parametrization,
+            **detector.record,
         )
 
     @property
@@ -211,7 +213,7 @@ def prepare_sweep(
     Sampling, cell and reach default to `default_sampling`, `default_cell` and `default_reach`.
     """
     lam = float(wavelength(energy))
-    sampling = sampling or default_sampling(energy, float(detector.outer), 1e3 * aperture * lam)
+    sampling = sampling or default_sampling(energy, detector.outermost, 1e3 * aperture * lam)
     cell = cell or default_cell(column, energy, aperture, reach)
     n = next_fast_len(math.ceil(cell / sampling))
     n += n % 2
@@ -223,10 +225,8 @@ def prepare_sweep(
     atom = transmission(np.zeros((1, 2)), column.element, (cell, cell), (n, n), energy, band_limit, parametrization)
     middle = (column.n_atoms - 1) / 2 * column.spacing
     incident = mode_spectra(laguerre_gauss_modes(reach, aperture), qx, qy) / cell * np.exp(1j * np.pi * lam * q2 * middle)
-    rim = 1 / cell
-    angle = np.sqrt(q2)
-    inner, outer = float(detector.inner) * 1e-3 / lam, float(detector.outer) * 1e-3 / lam
-    sensitivity = np.clip((angle - inner) / rim + 0.5, 0, 1) * np.clip((outer - angle) / rim + 0.5, 0, 1) * mask
+    to_mrad = 1e3 * lam
+    sensitivity = detector.sensitivity(qx * to_mrad, qy * to_mrad, to_mrad / cell) * mask
     detected = np.flatnonzero(sensitivity)
     return Sweep(
         incident=jnp.asarray(incident * mask, jnp.complex64),

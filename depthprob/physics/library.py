@@ -457,15 +457,15 @@ def build_gram(
     reach = reach or default_reach(column, convergence_angle)
     corrections = min(corrections or max(1, configurations // 8), configurations)
     modes = laguerre_gauss_modes(reach, aperture)
-    sampling = sampling or default_sampling(energy, float(detector.outer), convergence_angle)
+    sampling = sampling or default_sampling(energy, detector.outermost, convergence_angle)
     cell = cell or default_cell(column, energy, aperture, reach)
     prepare = lambda sampling, cell: _traced(prepare_sweep(column, energy, aperture, detector, reach, parametrization, sampling, cell))
     accurate = prepare(sampling, cell)
-    cheap = prepare(max(sampling, required_sampling(energy, CHEAP_ANGLE * float(detector.outer))), CHEAP_CELL * cell)
+    cheap = prepare(max(sampling, required_sampling(energy, CHEAP_ANGLE * detector.outermost)), CHEAP_CELL * cell)
     one = jax.jit(lambda u, sweep: sweep_column(u, sweep, modes))
     size = modes.order // 2 + 1
     sums = np.zeros((2, scramblings, column.n_atoms, modes.order + 1, size, size), np.complex128)
-    settings = repr((column, energy, convergence_angle, detector, configurations, corrections, seed, parametrization, sampling, reach, cell))
+    settings = repr((column, energy, convergence_angle, detector.record, configurations, corrections, seed, parametrization, sampling, reach, cell))
     done = 0
     if checkpoint and Path(checkpoint).exists():
         with np.load(checkpoint, allow_pickle=False) as saved:
@@ -519,5 +519,6 @@ def _save(path, module) -> None:
 
 def _load(path, cls):
     with np.load(path, allow_pickle=False) as saved:
-        values = {f.name: saved[f.name] for f in dataclasses.fields(cls)}
-    return cls(**{k: v if v.ndim else v.item() for k, v in values.items()})
+        values = {f: saved[f.name] for f in dataclasses.fields(cls) if f.name in saved or f.default is dataclasses.MISSING}
+    static = lambda v: tuple(v.tolist()) if v.ndim else v.item()
+    return cls(**{f.name: static(v) if f.metadata.get("static") else v for f, v in values.items()})

@@ -86,22 +86,20 @@ def particle_gram(
     lam = float(wavelength(microscope.energy))
     nx, ny = (scipy.fft.next_fast_len(math.ceil(side / sampling)) for side in cell)
     band_limit = min(nx / cell[0], ny / cell[1]) / 3
-    inner, outer = float(detector.inner) * 1e-3 / lam, float(detector.outer) * 1e-3 / lam
+    outer = detector.outermost * 1e-3 / lam
     if band_limit < outer:
         raise InputError(
             f"A sampling of {sampling:g} Å carries angles up to {band_limit * lam * 1e3:.0f} mrad (two thirds of Nyquist), but the "
-            f"detector reaches {float(detector.outer):g} mrad. Give a sampling of {1 / (3 * outer):.4f} Å or finer, or a smaller outer angle."
+            f"detector reaches {detector.outermost:g} mrad. Give a sampling of {1 / (3 * outer):.4f} Å or finer, or a smaller outer angle."
         )
     jx, jy = (np.fft.fftfreq(n, 1 / n).round().astype(int) for n in (nx, ny))
     q2 = (jx / cell[0]) ** 2 + ((jy / cell[1]) ** 2)[:, None]
-    q, mask = np.sqrt(q2), q2 < band_limit**2
-    rim = 1 / math.sqrt(cell[0] * cell[1])
-    sensitivity = (
-        np.clip((q - inner) / rim + 0.5, 0, 1) * np.clip((outer - q) / rim + 0.5, 0, 1) * mask
-    )
+    mask = q2 < band_limit**2
+    rim, to_mrad = 1 / math.sqrt(cell[0] * cell[1]), 1e3 * lam
+    sensitivity = detector.sensitivity(jx / cell[0] * to_mrad, (jy / cell[1] * to_mrad)[:, None], rim * to_mrad) * mask
     detected = np.flatnonzero(sensitivity)
     weight = np.sqrt(sensitivity.ravel()[detected]).astype(np.float32)
-    iy, ix = np.nonzero(q < float(microscope.convergence_angle) * 1e-3 / lam + rim / 2)
+    iy, ix = np.nonzero(np.sqrt(q2) < float(microscope.convergence_angle) * 1e-3 / lam + rim / 2)
     waves = np.stack([jx[ix], jy[iy]], 1)
 
     height = np.round(atoms[:, 2], 3)
@@ -241,11 +239,9 @@ def simulate_particle(
         sampling,
         microscope.energy,
         microscope.convergence_angle,
-        detector.inner,
-        detector.outer,
     )
     digest = hashlib.sha256(np.asarray(atoms, float).tobytes()).hexdigest()[:16]
-    settings = f"{element}, {parametrization}, seed {seed}, atoms {digest}, " + ", ".join(
+    settings = f"{element}, {parametrization}, seed {seed}, atoms {digest}, detector {detector.record}, " + ", ".join(
         f"{float(n):.10g}" for n in numbers
     )
     total, done, waves = None, 0, None

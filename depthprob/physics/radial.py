@@ -116,9 +116,8 @@ def prepare_radial(
     oversampling : float
         Nodes in frequency over Nyquist's number.
     """
-    edges = (float(detector.inner), float(detector.outer))
-    grids = _grids(column, energy, aperture, edges, modes, parametrization, range_of_potential, thermal_nodes, oversampling)
-    return _with_detector(grids, *edges, energy, modes)
+    grids = _grids(column, energy, aperture, detector.edges, modes, parametrization, range_of_potential, thermal_nodes, oversampling)
+    return _with_detector(grids, detector, energy, modes)
 
 
 def _grids(column, energy, aperture, edges, modes, parametrization, range_of_potential=4.0, thermal_nodes=8, oversampling=1.15) -> _Grids:
@@ -149,19 +148,20 @@ def _grids(column, energy, aperture, edges, modes, parametrization, range_of_pot
     return _Grids(k, incident, mean, kernels, transforms)
 
 
-def _with_detector(grids: _Grids, inner: float, outer: float, energy: float, modes: Modes) -> RadialColumn:
-    """The operators for one annulus between two of the grids' edges [mrad]."""
+def _with_detector(grids: _Grids, detector: AnnularDetector, energy: float, modes: Modes) -> RadialColumn:
+    """The operators for a detector whose edges are among the grids'."""
     lam = float(wavelength(energy))
     k, kernels, transforms = grids.k, grids.kernels, grids.transforms
-    detected = (k > inner * 1e-3 / lam) & (k < outer * 1e-3 / lam)
-    seen = transforms[:, :, detected] @ transforms[:, :, detected].swapaxes(1, 2)
+    detected = detector.sensitivity(k * 1e3 * lam, np.zeros_like(k))
+    recorded = transforms[:, :, detected > 0]
+    seen = (recorded * detected[detected > 0]) @ recorded.swapaxes(1, 2)
     diffuse = np.zeros((modes.order + 1, *seen.shape[1:]), complex)
     for l in range(modes.order + 1):
         for m, kernel in enumerate(kernels):
             diffuse[l] += kernel * (seen[l + m] + seen[abs(l - m)] if m else seen[l])
     hankel = transforms[: modes.order + 1]
     return RadialColumn(
-        *(jnp.asarray(a) for a in (grids.incident, hankel, grids.scattering, diffuse, detected.astype(float), np.pi * lam * k**2))
+        *(jnp.asarray(a) for a in (grids.incident, hankel, grids.scattering, diffuse, detected, np.pi * lam * k**2))
     )
 
 
@@ -243,11 +243,16 @@ def ring_grams(
 
     The modes' plane halves the longest column. Signals of a detector made of several rings add.
     """
-    depths = (jnp.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * column.spacing
+    depths = _depths(column)
     grids = _grids(column, energy, aperture, edges, modes, parametrization)
     sweep = jax.jit(radial_grams)
     rings = list(pairwise(edges))
-    return np.stack([np.asarray(sweep(depths, _with_detector(grids, *ring, energy, modes))) for ring in progress(rings, desc="detector rings", unit="ring")])
+    return np.stack([np.asarray(sweep(depths, _with_detector(grids, AnnularDetector(*ring), energy, modes))) for ring in progress(rings, desc="detector rings", unit="ring")])
+
+
+def _depths(column: Column) -> Float[Array, " atom"]:
+    """z of each atom about the middle of the column [Å]."""
+    return (jnp.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * column.spacing
 
 
 def absorptive_gram(
@@ -256,7 +261,6 @@ def absorptive_gram(
     convergence_angle: float,
     detector: AnnularDetector,
     parametrization: str = "lobato",
-    progress: Callable = lambda items, **_: items,
 ) -> ColumnGram:
     """Gram matrices of isolated columns of 1 to column.n_atoms atoms from the deterministic thermal model, one scrambling.
 
@@ -264,7 +268,7 @@ def absorptive_gram(
     """
     aperture = convergence_angle * 1e-3 / float(wavelength(energy))
     reach = default_reach(column, convergence_angle)
-    edges = (float(detector.inner), float(detector.outer))
     with jax.enable_x64(True):
-        blocks = ring_grams(column, energy, laguerre_gauss_modes(reach, aperture), aperture, edges, parametrization, progress)
-    return ColumnGram.of(blocks, column, energy, aperture, detector, reach, 0, parametrization)
+        radial = prepare_radial(column, energy, aperture, detector, laguerre_gauss_modes(reach, aperture), parametrization)
+        blocks = jax.jit(radial_grams)(_depths(column), radial)
+    return ColumnGram.of(blocks[None], column, energy, aperture, detector, reach, 0, parametrization)

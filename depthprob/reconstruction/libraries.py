@@ -81,15 +81,14 @@ def gram_of(
     """The Gram matrix of columns up to column.n_atoms: packaged (however many configurations it has), from the cache, or built now and kept."""
     energy, angle = float(microscope.energy), float(microscope.convergence_angle)
     if model == "absorptive":
-        return absorptive_gram(column, energy, angle, detector, parametrization, progress)
+        return absorptive_gram(column, energy, angle, detector, parametrization)
     wanted = {
         "element": column.element,
         "spacing": round(float(column.spacing), 6),
         "debye_waller_b": round(float(column.debye_waller_b), 6),
         "energy": energy,
-        "inner": float(detector.inner),
-        "outer": float(detector.outer),
         "parametrization": parametrization,
+        **detector.record,
     }
     if sampling is None:
         for packaged in resources.files("depthprob.data").iterdir():
@@ -108,7 +107,8 @@ def gram_of(
         "sampling": sampling,
         "format": FORMAT,
     }
-    path = cache_folder() / f"gram_{_checksum(json.dumps(wanted, sort_keys=True).encode())}.npz"
+    named = {k: v for k, v in wanted.items() if v != ""}  # files made before a detector could be measured keep their names
+    path = cache_folder() / f"gram_{_checksum(json.dumps(named, sort_keys=True).encode())}.npz"
     if path.exists():
         return load_gram(path)
     checkpoint = path.with_suffix(".partial.npz")

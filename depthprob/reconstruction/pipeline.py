@@ -424,12 +424,12 @@ def simulate(config: Config, noise: bool = True, quiet: bool = False, checkpoint
     settings = config.focal_series
     pixel, defocus = settings.pixel_size_A, settings.defocus
     dose = np.broadcast_to(np.asarray(settings.dose, float), defocus.shape)
-    microscope = microscope_of(config)
+    microscope, detector = microscope_of(config), detector_of(config)
     if config.specimen.structure_file:
         element, atoms, cell = _read_structure(config)
-        sampling = config.simulation.potential_sampling_A or default_sampling(microscope.energy, config.detector.outer[0], microscope.convergence_angle)
+        sampling = config.simulation.potential_sampling_A or default_sampling(microscope.energy, detector.outermost, microscope.convergence_angle)
         halves, waves = simulate_particle(
-            atoms, element, config.specimen.debye_waller_b, cell, microscope, detector_of(config), config.thermal.configurations,
+            atoms, element, config.specimen.debye_waller_b, cell, microscope, detector, config.thermal.configurations,
             config.thermal.seed, sampling, config.simulation.parametrization, checkpoint, progress,
         )
         shape = tuple(round(side / pixel) for side in cell[::-1])

@@ -40,9 +40,14 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
     Raises
     ------
     InputError
-        For ranges that leave no room, or aberrations that are not round.
+        For ranges that leave no room, several annuli to start from, or aberrations that are not round.
     """
     wanted, settings, microscope = config.design, config.focal_series, microscope_of(config)
+    if len(config.detector.inner) > 1:
+        raise InputError(
+            f"detector.inner_mrad is {list(config.detector.inner)}; design starts from one annulus, since it counts annuli separately and the config adds "
+            "them up. Give two numbers, and design.annuli for how many may be recorded at once."
+        )
     given = wanted.columns or columns_of_structure(config) or ((config.specimen.n_atoms, 0.0),)
     pairs = [(int(n), float(z) + d) for n, z in given for d in {-wanted.depth_range_A, 0.0, wanted.depth_range_A}]
     n_atoms, kind = np.unique([n for n, _ in pairs], return_inverse=True)

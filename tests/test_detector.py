@@ -1,0 +1,94 @@
+"""Detectors: what they record is the sum over their annuli, in every model of the column."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprob.errors import InputError
+from depthprob.physics.detector import AnnularDetector
+from depthprob.physics.electron import wavelength
+from depthprob.physics.gram import default_reach, laguerre_gauss_modes, prepare_sweep, sweep_column
+from depthprob.physics.library import build_gram, load_gram, save_gram
+from depthprob.physics.optics import Microscope
+from depthprob.physics.particle import particle_gram
+from depthprob.physics.radial import absorptive_gram, ring_grams
+from depthprob.physics.specimen import Column
+from depthprob.reconstruction import libraries
+
+COLUMN = Column("Cu", 2, 3.6, 0.5)
+ENERGY, ANGLE = 200e3, 15.0
+LOW, HIGH, BOTH = AnnularDetector(30.0, 45.0), AnnularDetector(60.0, 80.0), AnnularDetector((60.0, 30.0), (80.0, 45.0))
+
+
+def sums_up(signal):
+    """Whether the signal of two annuli is that of the one and of the other."""
+    low, high, both = (np.asarray(signal(detector)) for detector in (LOW, HIGH, BOTH))
+    assert abs(low).max() > 0.01 * abs(both).max() < 100 * abs(high).max()
+    np.testing.assert_allclose(both, low + high, atol=2e-5 * abs(both).max())  # complex64 sums
+
+
+def test_annuli_add_up_in_a_thermal_configuration_of_a_column():
+    aperture = ANGLE * 1e-3 / wavelength(ENERGY)
+    modes = laguerre_gauss_modes(1.0, aperture)
+
+    def signal(detector):
+        sweep = prepare_sweep(COLUMN, ENERGY, aperture, detector, 1.0, sampling=0.09, cell=9.0)
+        return sweep_column(jnp.array([[0.1, -0.05], [0.0, 0.07]], jnp.float32), sweep, modes)
+
+    sums_up(signal)
+
+
+def test_annuli_add_up_in_a_particle():
+    atoms = np.array([[2.0, 3.0, -3.0], [2.0, 3.1, 0.6], [4.5, 5.0, 1.2]])
+    sums_up(lambda detector: particle_gram(atoms, "Cu", (7.0, 6.0), Microscope(ENERGY, ANGLE), detector, 0.09)[0])
+
+
+def test_the_deterministic_model_takes_the_rings_that_its_detector_has():
+    aperture = ANGLE * 1e-3 / wavelength(ENERGY)
+    column = Column("Cu", 2, 3.6, 0.5)
+    with jax.enable_x64(True):
+        modes = laguerre_gauss_modes(default_reach(column, ANGLE), aperture)
+        rings = ring_grams(column, ENERGY, modes, aperture, (30.0, 45.0, 60.0, 80.0))
+        both = absorptive_gram(column, ENERGY, ANGLE, BOTH).blocks[0]
+    np.testing.assert_allclose(both, rings[0] + rings[2], atol=1e-6 * abs(both).max())  # kept as complex64
+
+
+def test_annuli_that_touch_are_one():
+    halves = AnnularDetector((90.0, 48.0), (180.0, 90.0))
+    assert halves.record == AnnularDetector(48, 180).record == {"inner": 48.0, "outer": 180.0, "sensitivity": ""}
+    angle = np.linspace(0, 200, 2001)
+    np.testing.assert_allclose(halves.sensitivity(angle, 0.0, 2.0), AnnularDetector(48.0, 180.0).sensitivity(angle, 0.0, 2.0), atol=1e-12)
+
+
+@pytest.mark.parametrize("inner, outer", [((48.0, 80.0), (90.0, 180.0)), (50.0, 50.0), ((20.0, 50.0), (40.0,)), (-1.0, 20.0)])
+def test_no_electron_is_recorded_twice_and_no_annulus_is_empty(inner, outer):
+    with pytest.raises(InputError, match="mrad"):
+        AnnularDetector(inner, outer)
+
+
+def test_a_gram_matrix_remembers_its_detector(tmp_path, monkeypatch):
+    """Saved and loaded, and found again in the cache for that detector alone."""
+    monkeypatch.setenv("DEPTHPROB_CACHE", str(tmp_path))
+    column, built = Column("C", 1, 2.5, 0.5), []
+
+    def build(column, energy, angle, detector, configurations, scramblings, *more):
+        built.append(detector)
+        return build_gram(column, energy, angle, detector, 1, 1, sampling=0.15)
+
+    monkeypatch.setattr(libraries, "build_gram", build)
+    gram_of = lambda detector: libraries.gram_of(column, Microscope(100e3, 10.0), detector, 1, 0, "frozen_phonon", "lobato", None, lambda items, **_: items)
+    two, swapped = AnnularDetector((20.0, 40.0), (30.0, 50.0)), AnnularDetector((40.0, 20.0), (50.0, 30.0))
+    first, again = gram_of(two), gram_of(swapped)
+    np.testing.assert_array_equal(first.blocks, again.blocks)
+    assert again.inner == (20.0, 40.0) and again.outer == (30.0, 50.0)
+    gram_of(AnnularDetector(20.0, 50.0))
+    assert len(built) == 2
+    save_gram(tmp_path / "gram.npz", first)
+    assert load_gram(tmp_path / "gram.npz").outer == (30.0, 50.0)
+
+
+def test_the_packaged_gram_matrix_serves_its_detector_cut_in_two():
+    paper, gold = Microscope(3e5, 21.0), Column("Au", 12, 4.08, 0.63)
+    gram = libraries.gram_of(gold, paper, AnnularDetector((48.0, 90.0), (90.0, 180.0)), 8, 0, "frozen_phonon", "lobato", None, pytest.fail)
+    assert gram.n_max == 12 and (gram.inner, gram.outer, gram.sensitivity) == (48.0, 180.0, "")
