@@ -80,6 +80,17 @@ def test_weak_potential_is_the_scattering_factor():
     assert spectrum[0, 3].imag == pytest.approx(born, rel=2e-3)
 
 
+def test_weak_potentials_of_two_elements_add_with_the_phases_of_their_places():
+    places, kinds = np.array([[1.0, 2.0], [4.3, 5.1], [2.2, 6.0]]), ["He", "H", "He"]
+    spectrum = np.fft.fft2(transmission(places, kinds, CELL, SHAPE, ENERGY, LIMIT)) / (180 * 210)
+    for jx, jy in ((3, 0), (2, -4), (0, 1)):
+        q = np.array([jx / CELL[0], jy / CELL[1]])
+        factors = np.array([float(scattering_factor(kind, jnp.asarray(np.hypot(*q)))) for kind in kinds])
+        born = 1j * interaction_parameter(ENERGY) * POTENTIAL_PER_SCATTERING_FACTOR / (6.0 * 7.5) * (factors * np.exp(-2j * np.pi * places @ q)).sum()
+        # to second order in a phase of 0.1 rad at the nuclei
+        assert abs(spectrum[jy, jx] - born) < 0.02 * abs(born)
+
+
 def test_high_angle_signal_is_converged_in_the_grid():
     """Cutting the potential before the exponential changes this by 16 %, and only refinement sees it."""
 

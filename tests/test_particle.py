@@ -14,6 +14,7 @@ from depthprob.physics.optics import Microscope, aberration_phase
 from depthprob.physics.particle import (
     hermitian_product,
     images_from_gram,
+    occupied,
     particle_gram,
     simulate_particle,
     thermal_displacements,
@@ -153,6 +154,57 @@ def test_resuming_gives_the_same_and_other_settings_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sums.npz"]
     with pytest.raises(InputError, match="other settings"):
         simulate_particle(atoms + 0.1, configurations=3, checkpoint=checkpoint, **settings)
+
+
+MIXED = np.array([[1.0, 2.0, 0.0], [3.0, 2.5, 0.0], [1.0, 2.0, 2.5], [3.0, 2.5, 1.25], [3.0, 2.5, 1.25]])
+OF_MIXED = dict(element=["O", "Ti", "O", "Ti", "Sr"], debye_waller_b=np.array([0.9, 0.4, 0.9, 0.4, 0.6]), occupancy=np.array([1.0, 1.0, 0.8, 0.3, 0.7]))
+SMALL = dict(cell=(5.0, 5.0), microscope=Microscope(100e3, 15.0), detector=AnnularDetector(30.0, 60.0), seed=1, sampling=0.15)
+
+
+def test_the_order_of_atoms_of_several_elements_plays_no_part():
+    shuffled = np.array([3, 0, 4, 2, 1])
+    one, _ = simulate_particle(MIXED, configurations=3, **OF_MIXED, **SMALL)
+    other, _ = simulate_particle(MIXED[shuffled], configurations=3, **{k: np.asarray(v)[shuffled] for k, v in OF_MIXED.items()}, **SMALL)
+    np.testing.assert_array_equal(one, other)
+    plain, _ = simulate_particle(MIXED, configurations=3, **(OF_MIXED | {"element": "O"}), **SMALL)
+    assert np.abs(one - plain).max() > 0.1 * np.abs(one).max()
+
+
+def test_every_atom_shakes_by_its_own_b():
+    # u = sqrt(B / 8 pi^2): 0.0893 Å for 0.63 Å^2
+    atoms = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 4.0], [3.0, 1.0, 0.0]])
+    draws = thermal_displacements(atoms, np.array([0.63, 4 * 0.63, 0.0]), 512, seed=3)
+    np.testing.assert_allclose(draws.std((0, 2)), [0.0893, 0.1786, 0.0], rtol=0.03)
+
+
+def test_sites_are_filled_as_often_as_asked_and_by_one_atom():
+    rng = np.random.default_rng(0)
+    there = np.array([occupied(MIXED, OF_MIXED["occupancy"], rng) for _ in range(2000)])
+    np.testing.assert_allclose(there.mean(0), OF_MIXED["occupancy"], atol=0.04)  # four standard deviations
+    assert np.all(there[:, 3] ^ there[:, 4])
+
+
+def test_an_empty_cell_scatters_nothing():
+    gram, waves = particle_gram(MIXED[:0], "Au", (5.0, 5.0), Microscope(100e3, 15.0), AnnularDetector(30.0, 60.0), 0.15)
+    assert gram.shape == (len(waves),) * 2 and np.abs(gram).max() < 1e-9
+
+
+def test_a_plane_of_two_elements_scatters_as_in_abtem():
+    """Plane wave through copper and oxygen, two planes with both in each: what falls on the annulus, beside an independent program."""
+    abtem, ase = pytest.importorskip("abtem"), pytest.importorskip("ase")
+    cell, n, energy = (4.0, 4.4), (400, 440), 200e3
+    atoms = np.array([[1.0, 1.0, 1.0], [3.1, 2.0, 1.0], [1.3, 3.2, 3.0], [2.9, 0.7, 3.0]])
+    symbols = ["Cu", "O", "O", "Cu"]
+    crystal = ase.Atoms(symbols, positions=atoms, cell=[*cell, 4.0])
+    potential = abtem.Potential(crystal, gpts=n, slice_thickness=2.0, parametrization="lobato", projection="infinite", device="cpu")
+    wave = np.asarray(abtem.PlaneWave(energy=energy, device="cpu").multislice(potential, lazy=False).array)  # (x, y), mean intensity one
+    radius = np.hypot(np.fft.fftfreq(n[0], cell[0] / n[0])[:, None], np.fft.fftfreq(n[1], cell[1] / n[1]))
+    rim = np.sqrt(cell[0] * cell[1])
+    ring = np.clip((100e-3 / LAM - radius) * rim + 0.5, 0, 1) - np.clip((40e-3 / LAM - radius) * rim + 0.5, 0, 1)
+    expected = (np.abs(np.fft.fft2(wave) / wave.size) ** 2 * ring).sum()
+    gram, waves = particle_gram(atoms[[2, 0, 3, 1]], [symbols[i] for i in (2, 0, 3, 1)], cell, Microscope(energy, 3.0), AnnularDetector(40.0, 100.0), 0.02)
+    axis = int(np.flatnonzero((waves == 0).all(1))[0])
+    assert gram[axis, axis].real == pytest.approx(expected, rel=1e-3)  # abtem at 0.02 Å is itself 0.2 % from this
 
 
 def test_too_coarse_a_sampling_says_what_is_needed():

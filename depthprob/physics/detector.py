@@ -80,13 +80,12 @@ class AnnularDetector(eqx.Module):
     @property
     def record(self) -> dict[str, float | tuple[float, ...] | str]:
         """What tells this detector from others: inner, outer [mrad] (numbers for one annulus), and a checksum of what was measured."""
-        inner, outer = self.edges[::2], self.edges[1::2]
-        many = len(inner) > 1
+        inner, outer = self.annuli[0] if len(self.annuli) == 1 else (self.edges[::2], self.edges[1::2])
         measured = ""
         if self.measured is not None:
             checksum = hashlib.sha256(np.asarray(self.measured, float).tobytes()).hexdigest()[:16]
             measured = f"{checksum} {np.shape(self.measured)} {float(self.pixel_size):.9g}"
-        return {"inner": inner if many else inner[0], "outer": outer if many else outer[0], "sensitivity": measured}
+        return {"inner": inner, "outer": outer, "sensitivity": measured}
 
     def sensitivity(self, x: Float[np.ndarray, "..."], y: Float[np.ndarray, "..."], rim: float = SHARP) -> Float[np.ndarray, "..."]:
         """At angles x, y [mrad] of shapes that broadcast; edges of annuli are ramps of width `rim`, the sampling of the angles."""

@@ -1,5 +1,7 @@
 """A wave through atoms: planes that transmit it, with free flight between them."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from .scattering import POTENTIAL_PER_SCATTERING_FACTOR, scattering_factor
 
 def transmission(
     positions: Float[Array, "atom xy"],
-    element: str,
+    element: str | Sequence[str],
     cell: tuple[float, float],
     shape: tuple[int, int],
     energy: float,
@@ -27,6 +29,7 @@ def transmission(
     ----------
     positions : (atom, 2)
         x, y [Å]; differentiable.
+    element : str, or one for each atom
     cell, shape : (Lx, Ly) [Å], (ny, nx)
         Periodic cell and working grid.
     energy : float
@@ -37,16 +40,19 @@ def transmission(
     ny, nx = shape
     qx, qy = (np.fft.fftfreq(2 * n, side / (2 * n)) for n, side in zip((nx, ny), cell, strict=True))
     q = np.hypot(qx, qy[:, None])
-    factor = jnp.asarray(
-        POTENTIAL_PER_SCATTERING_FACTOR
-        * scattering_factor(element, q, parametrization)
-        / (cell[0] * cell[1]),
-        jnp.float32,
-    )
-    structure = jnp.exp(-2j * jnp.pi * qy[:, None] * positions[:, 1]) @ jnp.exp(
-        -2j * jnp.pi * positions[:, :1] * qx
-    )
-    potential = jnp.fft.ifft2(factor * structure).real * (4 * nx * ny)
+    elements = np.broadcast_to(np.asarray(element), len(positions))
+    total = jnp.zeros_like(q, jnp.complex64)
+    for kind in np.unique(elements):
+        factor = jnp.asarray(
+            POTENTIAL_PER_SCATTERING_FACTOR
+            * scattering_factor(str(kind), q, parametrization)
+            / (cell[0] * cell[1]),
+            jnp.float32,
+        )
+        x, y = positions[elements == kind].T
+        structure = jnp.exp(-2j * jnp.pi * qy[:, None] * y) @ jnp.exp(-2j * jnp.pi * x[:, None] * qx)
+        total = total + factor * structure
+    potential = jnp.fft.ifft2(total).real * (4 * nx * ny)
     spectrum = jnp.fft.fft2(jnp.exp(1j * interaction_parameter(energy) * potential)) / 4
     keep_y, keep_x = (np.fft.fftfreq(n, 1 / n).round().astype(int) for n in (ny, nx))
     kept = spectrum[np.ix_(keep_y, keep_x)] * (q[np.ix_(keep_y, keep_x)] < band_limit)

@@ -8,7 +8,7 @@ on one core while the Hermitian product costs half. `multislice.exit_waves` is t
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,13 @@ from .detector import AnnularDetector
 from .electron import wavelength
 from .multislice import transmission
 from .optics import Microscope, aberration_phase
-from .specimen import rms_from_debye_waller_b
+from .specimen import debye_waller_b_from_rms
 
 
 def thermal_displacements(
-    atoms: np.ndarray, debye_waller_b: float, configurations: int, seed: int
+    atoms: np.ndarray, debye_waller_b: float | np.ndarray, configurations: int, seed: int
 ) -> np.ndarray:
-    """Lateral displacements (configuration, atom, 2) [Å]: every column draws its own scrambled Sobol sequence over its atoms.
+    """Lateral displacements (configuration, atom, 2) [Å], B [Å^2] one for all or one for each atom: every column draws its own scrambled Sobol sequence over its atoms.
 
     Scrambling alone leaves the sequences of different columns correlated (up to 0.9: their leading digits differ by a constant), so
     each takes its points in an order of its own, shuffled within 2^m ... 2^(m+1): any first 2^m points keep their balance, and the
@@ -46,12 +46,21 @@ def thermal_displacements(
         )[:configurations]
         uniform = sobol.random_base2(doublings)[order].reshape(configurations, len(members), 2)
         draws[:, members] = norm.ppf(np.clip(uniform, 1e-12, 1 - 1e-12))
-    return float(rms_from_debye_waller_b(debye_waller_b)) * draws
+    rms = np.sqrt(np.asarray(debye_waller_b, float) / debye_waller_b_from_rms(1.0))
+    return rms[..., None] * draws
+
+
+def occupied(atoms: np.ndarray, occupancy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Which atoms (N,) of positions (N, 3) are there in one draw: each with its probability, and one at most of those that share a site."""
+    site = np.unique(np.round(atoms, 2), axis=0, return_inverse=True)[1].ravel()
+    ahead = np.array([occupancy[:n][site[:n] == site[n]].sum() for n in range(len(site))])  # of the same site
+    draw = rng.random(len(site))[site]
+    return (ahead <= draw) & (draw < ahead + occupancy)
 
 
 def particle_gram(
     atoms: np.ndarray,
-    element: str,
+    element: str | Sequence[str],
     cell: tuple[float, float],
     microscope: Microscope,
     detector: AnnularDetector,
@@ -65,7 +74,8 @@ def particle_gram(
     Parameters
     ----------
     atoms : (N, 3)
-        Displaced atoms [Å]; atoms of equal z share a plane of the multislice.
+        Displaced atoms [Å], in any order; atoms of equal z share a plane of the multislice.
+    element : str, or one for each atom
     cell : (Lx, Ly)
         Periodic cell [Å].
     sampling : float
@@ -103,12 +113,13 @@ def particle_gram(
     waves = np.stack([jx[ix], jy[iy]], 1)
 
     height = np.round(atoms[:, 2], 3)
-    planes = np.unique(height)
+    planes = np.unique(height) if len(atoms) else np.zeros(1)
+    elements = np.broadcast_to(np.asarray(element), len(atoms))
     slices = [
         np.asarray(
             transmission(
                 atoms[height == z, :2],
-                element,
+                elements[height == z],
                 cell,
                 (ny, nx),
                 microscope.energy,
@@ -211,8 +222,8 @@ def images_from_gram(
 
 def simulate_particle(
     atoms: np.ndarray,
-    element: str,
-    debye_waller_b: float,
+    element: str | Sequence[str],
+    debye_waller_b: float | np.ndarray,
     cell: tuple[float, float],
     microscope: Microscope,
     detector: AnnularDetector,
@@ -222,26 +233,37 @@ def simulate_particle(
     parametrization: str = "lobato",
     checkpoint: str | Path | None = None,
     progress: Callable = lambda items, **_: items,
+    occupancy: float | np.ndarray = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gram matrices (2, K, K) of two independent halves of the thermal configurations, and their waves (K, 2).
 
     The difference of the halves measures the data's own Monte-Carlo error. With `checkpoint` the sums are kept after every
-    configuration, a rerun goes on from them, and a larger number of configurations extends them.
+    configuration, a rerun goes on from them, and a larger number of configurations extends them. The order of the atoms plays no part.
+
+    Parameters
+    ----------
+    atoms : (N, 3)
+        Mean positions [Å].
+    element, debye_waller_b, occupancy : one for all, or one for each atom
+        Symbol, B [Å^2], and probability to be there, drawn anew in every configuration; of atoms that share a site one at most is there.
 
     Raises
     ------
     InputError
         If the checkpoint was made with other settings.
     """
+    of_each = lambda values, kind: np.broadcast_to(np.asarray(values, kind), len(atoms))
+    order = np.lexsort((of_each(element, str), *np.asarray(atoms, float).T))
+    atoms = np.asarray(atoms, float)[order]
+    elements, b, share = of_each(element, str)[order], of_each(debye_waller_b, float)[order], of_each(occupancy, float)[order]
     numbers = (
-        debye_waller_b,
         *cell,
         sampling,
         microscope.energy,
         microscope.convergence_angle,
     )
-    digest = hashlib.sha256(np.asarray(atoms, float).tobytes()).hexdigest()[:16]
-    settings = f"{element}, {parametrization}, seed {seed}, atoms {digest}, detector {detector.record}, " + ", ".join(
+    digest = hashlib.sha256(b"".join(a.tobytes() for a in (atoms, b, share)) + " ".join(elements).encode()).hexdigest()[:16]
+    settings = f"{' '.join(np.unique(elements))}, {parametrization}, seed {seed}, atoms {digest}, detector {detector.record}, " + ", ".join(
         f"{float(n):.10g}" for n in numbers
     )
     total, done, waves = None, 0, None
@@ -256,7 +278,7 @@ def simulate_particle(
                 )
     configurations = max(configurations, done)
     halves = [
-        thermal_displacements(atoms, debye_waller_b, (configurations + 1 - h) // 2, 2 * seed + h)
+        thermal_displacements(atoms, b, (configurations + 1 - h) // 2, 2 * seed + h)
         for h in (0, 1)
     ]
     for i in progress(
@@ -268,8 +290,9 @@ def simulate_particle(
     ):
         moved = atoms.copy()
         moved[:, :2] += halves[i % 2][i // 2]
+        there = occupied(atoms, share, np.random.default_rng([seed, i]))
         gram, waves = particle_gram(
-            moved, element, cell, microscope, detector, sampling, parametrization
+            moved[there], elements[there], cell, microscope, detector, sampling, parametrization
         )
         total = np.zeros((2, *gram.shape), np.complex128) if total is None else total
         total[i % 2] += gram
