@@ -219,13 +219,18 @@ class MicroscopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DetectorConfig:
-    """[detector]: annulus or annuli, and how raw values come from counts."""
+    """[detector]: annulus or annuli, and how raw values come from counts.
+
+    `sensitivity` names a .npy file, the share of an electron (0 to 2, 1 for whole ones) that is recorded where it hits: an array (y, x) with the
+    optic axis in its middle, or (angle,) from the axis outwards, pixels `sensitivity_pixel_mrad` apart. It holds between inner_mrad and outer_mrad.
+    """
 
     inner_mrad: float | tuple[float, ...] = _key(
         48.0, _one_or_list(_number(at_least=0.0, at_most=1000.0))
     )
     outer_mrad: float | tuple[float, ...] = _key(180.0, _one_or_list(_angle))
     sensitivity: str | None = _key(None, _text)
+    sensitivity_pixel_mrad: float | None = _key(None, _angle)
     gain: float = _key(1.0, _positive)
     offset: float = _key(0.0, _number())
     read_noise: float = _key(0.0, _not_negative)
@@ -254,6 +259,11 @@ class DetectorConfig:
                     f"detector.outer_mrad is {outer:g} and detector.inner_mrad is {inner:g}; the outer angle "
                     "must be the larger. Exchange them, or widen the annulus."
                 )
+        if (self.sensitivity is None) != (self.sensitivity_pixel_mrad is None):
+            raise InputError(
+                f"detector.sensitivity is {self.sensitivity!r} and detector.sensitivity_pixel_mrad is {self.sensitivity_pixel_mrad}; allowed are both, "
+                "a .npy file and the angle between its pixels, or neither."
+            )
         order = np.argsort(self.inner)
         if np.any(self.inner[order][1:] < self.outer[order][:-1]):
             raise InputError(
@@ -367,7 +377,7 @@ class SpecimenConfig:
     debye_waller_B_A2: float | None = _key(0.63, _not_negative)
     rms_displacement_A: float | None = _key(None, _not_negative)
     n_atoms: int = _key(10, _number(at_least=1, whole=True))
-    tilt_mrad: tuple[float, ...] = _key((0.0, 0.0), _list_of(_number(), 2))
+    tilt_mrad: tuple[float, ...] = _key((0.0, 0.0), _list_of(_number(at_least=-50.0, at_most=50.0), 2))
     structure_file: str | None = _key(None, _text)
 
     @property
@@ -662,12 +672,7 @@ def check_supported(config: Config) -> None:
     InputError
         Naming the setting and what to give instead.
     """
-    detector, specimen = config.detector, config.specimen
-    if detector.sensitivity is not None:
-        raise _fail("detector.sensitivity", detector.sensitivity, "a uniform detector so far; leave it out")
-    if any(specimen.tilt_mrad):
-        raise _fail("specimen.tilt_mrad", list(specimen.tilt_mrad), "[0, 0] so far; leave it out")
-    if config.thermal.model == "absorptive" and specimen.structure_file:
+    if config.thermal.model == "absorptive" and config.specimen.structure_file:
         raise _fail("thermal.model", "absorptive", "'frozen_phonon' for a structure file; isolated columns take both")
 
 

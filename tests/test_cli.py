@@ -109,14 +109,22 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(inputs):
 
 
 @pytest.mark.parametrize(
-    ("section", "word"),
+    ("command", "section", "word"),
     [
-        ("[specimen]\ntilt_mrad = [1, 0]\n", "tilt_mrad"),
+        ("design", "[detector]\ninner_mrad = [48, 120]\nouter_mrad = [90, 180]\n", "one annulus"),
+        ("design", "[specimen]\ntilt_mrad = [1, 0]\n", "tilt_mrad"),
+        ("design", '[detector]\nsensitivity = "map.npy"\nsensitivity_pixel_mrad = 5.0\n', "sensitivity"),
+        ("library", '[specimen]\ntilt_mrad = [1, 0]\n[thermal]\nmodel = "absorptive"\n', "tilt"),
+        ("simulate", "[specimen]\nn_atoms = 60\ntilt_mrad = [1, 0]\n", "60 atoms"),
+        ("library", '[detector]\nsensitivity = "stack.npz"\nsensitivity_pixel_mrad = 5.0\n', "cannot read"),
+        ("library", '[detector]\nsensitivity = "map.npy"\n', "sensitivity_pixel_mrad"),
+        ("library", '[detector]\nsensitivity = "map.npy"\nsensitivity_pixel_mrad = 5.0\n', "from 0 to 2"),
     ],
 )
-def test_settings_that_no_model_follows_are_refused_not_ignored(inputs, section, word):
+def test_settings_that_a_model_cannot_follow_are_refused_not_ignored(inputs, command, section, word):
+    np.save(inputs / "map.npy", np.full((9, 9), 255.0))
     (inputs / "config.toml").write_text(CONFIG + section)
-    assert word in reconstruct(inputs)
+    assert word in refusal(inputs, command, inputs / "config.toml", "-o", inputs / "out.npz")
 
 
 def test_crlb_writes_bounds_on_column_and_atoms(inputs):

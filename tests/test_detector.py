@@ -92,3 +92,56 @@ def test_the_packaged_gram_matrix_serves_its_detector_cut_in_two():
     paper, gold = Microscope(3e5, 21.0), Column("Au", 12, 4.08, 0.63)
     gram = libraries.gram_of(gold, paper, AnnularDetector((48.0, 90.0), (90.0, 180.0)), 8, 0, "frozen_phonon", "lobato", None, pytest.fail)
     assert gram.n_max == 12 and (gram.inner, gram.outer, gram.sensitivity) == (48.0, 180.0, "")
+
+
+MRAD = np.arange(-90.0, 91.0)
+
+
+def test_a_map_lies_about_the_axis_with_rows_along_y():
+    measured = np.zeros((5, 7))
+    measured[3, 5] = 0.8  # one pixel below the middle row, two to the right of the middle column
+    detector = AnnularDetector(0.0, 100.0, measured, 10.0)
+    x, y = np.array([20.0, 20.0, -20.0, 10.0]), np.array([10.0, 12.5, 10.0, 20.0])
+    np.testing.assert_allclose(detector.sensitivity(x, y), [0.8, 0.6, 0, 0])
+    assert not detector.is_round
+
+
+def test_a_profile_is_linear_between_its_angles_and_cut_by_the_annulus():
+    profile = np.array([0.0, 0.2, 1.0, 0.9, 0.0])
+    detector = AnnularDetector(25.0, 70.0, profile, 20.0)
+    angle = np.array([10.0, 26.0, 33.0, 58.0, 69.0, 71.0, 95.0])
+    expected = np.where((angle > 25) & (angle < 70), np.interp(angle, 20.0 * np.arange(5), profile), 0)
+    np.testing.assert_allclose(detector.sensitivity(angle * 0.6, angle * 0.8), expected, atol=1e-9)
+    assert detector.is_round
+
+
+def test_a_map_of_an_annulus_is_the_annulus():
+    inside = np.hypot(MRAD, MRAD[:, None])
+    measured = ((inside > 30) & (inside < 80)).astype(float)
+    atoms = np.array([[2.0, 3.0, -3.0], [2.0, 3.1, 0.6], [4.5, 5.0, 1.2]])
+    of_map, of_annulus = (
+        particle_gram(atoms, "Cu", (7.0, 6.0), Microscope(ENERGY, ANGLE), detector, 0.09)[0]
+        for detector in (AnnularDetector(0.0, 85.0, measured, 1.0), AnnularDetector(30.0, 80.0))
+    )
+    # the two edges are cut at pixels of the map, or with a rim of the cell's 4 mrad: a few beams of hundreds
+    assert abs(of_map - of_annulus).max() < 0.02 * abs(of_annulus).max()
+
+
+def test_half_the_sensitivity_is_half_the_signal_of_the_deterministic_model():
+    with jax.enable_x64(True):
+        whole, half = (absorptive_gram(COLUMN, ENERGY, ANGLE, d).blocks for d in (AnnularDetector(30.0, 60.0), AnnularDetector(30.0, 60.0, np.full(40, 0.5), 2.0)))
+    np.testing.assert_allclose(half, whole / 2, atol=1e-6 * abs(whole).max())
+
+
+def test_models_that_need_symmetry_refuse_a_map_and_a_tilt():
+    with jax.enable_x64(True):
+        with pytest.raises(InputError, match="is a map"):
+            absorptive_gram(COLUMN, ENERGY, ANGLE, AnnularDetector(30.0, 60.0, np.ones((9, 9)), 20.0))
+        with pytest.raises(InputError, match="tilt"):
+            absorptive_gram(Column("Cu", 2, 3.6, 0.5, tilt=(1.0, 0.0)), ENERGY, ANGLE, LOW)
+
+
+@pytest.mark.parametrize("measured, pixel, word", [(np.ones((3, 3)), None, "pixel size"), (np.ones((3, 3, 3)), 1.0, "shape"), (np.full(5, np.nan), 1.0, "nan"), (-np.ones(5), 1.0, "-1"), (np.zeros(5), 1.0, "all 0"), (np.full((3, 3), 255), 1.0, "255")])
+def test_a_sensitivity_that_is_none_is_refused(measured, pixel, word):
+    with pytest.raises(InputError, match=word):
+        AnnularDetector(30.0, 60.0, measured, pixel)

@@ -7,9 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from depthprob.errors import InputError
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
-from depthprob.physics.gram import ColumnGram, default_reach, laguerre_gauss_modes, mode_spectra, prepare_sweep, sweep_atoms, sweep_column
+from depthprob.physics.gram import (
+    ColumnGram,
+    default_reach,
+    laguerre_gauss_modes,
+    mirrored,
+    mode_spectra,
+    prepare_sweep,
+    sweep_atoms,
+    sweep_column,
+    sweep_whole,
+)
 from depthprob.physics.library import build_gram, column_images, library_from_gram, load_gram, plane_wave_images, save_gram
 from depthprob.physics.multislice import multislice, transmission
 from depthprob.physics.optics import Microscope
@@ -33,8 +44,8 @@ def still_column():
     return ColumnGram(np.asarray(blocks)[None], "Cu", 200e3, 3.6, 0.5, 40.0, 100.0, aperture, reach, 1, "lobato")
 
 
-def probe_signal(n_atoms, position, defocus, cell=CELL, displacements=0.0, lower=0.0):
-    """Fraction of the beam detected from one probe, wave by wave; atoms displaced laterally, and moved `lower` [Å]."""
+def probe_signal(n_atoms, position, defocus, cell=CELL, displacements=0.0, lower=0.0, share=lambda qx, qy: 1.0):
+    """Fraction of the beam detected from one probe, wave by wave; atoms displaced laterally, and moved `lower` [Å]; `share` of each electron counts."""
     lam = wavelength(MICROSCOPE.energy)
     n = 270
     q = np.fft.fftfreq(n, cell / n)
@@ -48,7 +59,7 @@ def probe_signal(n_atoms, position, defocus, cell=CELL, displacements=0.0, lower
     atoms = [transmission(place[None], "Cu", (cell, cell), (n, n), 200e3, limit) for place in places]
     out = multislice(jnp.asarray(wave), jnp.stack(atoms), jnp.arange(n_atoms) * 3.6 + lower, (cell, cell), lam, limit)
     inner, outer = (np.clip((radius - a * 1e-3 / lam) * cell + 0.5, 0, 1) for a in (40, 100))
-    return float((np.abs(out) ** 2 * (inner - outer)).sum())
+    return float((np.abs(out) ** 2 * (inner - outer) * share(q, q[:, None])).sum())
 
 
 def test_gram_gives_the_signal_of_every_probe_and_focus(still_column):
@@ -63,6 +74,61 @@ def test_gram_gives_the_signal_of_every_probe_and_focus(still_column):
                 expected = probe_signal(n, (x * CELL / size, y * CELL / size), f)
                 # the modes' tapered edge: 4e-4 of the peak for gold at 48-180 mrad, 0.5 % for this small detector angle
                 assert images[n - 1, i, y, x] == pytest.approx(expected, abs=8e-3 * peak)
+
+
+def library_signals_are_those_of_probes(gram, n_atoms, **of_probe):
+    library = library_from_gram(gram, MICROSCOPE, (-70.0, 60.0), image_cell=CELL)
+    for f, x, y in ((0.0, 0.1, 0.0), (45.0, 0.3, -0.2), (-60.0, -0.5, 0.6), (-60.0, 0.9, 0.4)):
+        expected = probe_signal(n_atoms, (x, y), f, **of_probe)
+        # the modes' tapered edge, as above, and the library's own low rank
+        assert library.series(n_atoms, f, np.array([x]), np.array([y]))[0, 0, 0] == pytest.approx(expected, abs=9e-3 * library.series(n_atoms, 0.0, np.zeros(1), np.zeros(1)).max())
+
+
+@pytest.fixture(scope="module")
+def tilted():
+    still = Column("Cu", 3, 3.6, 0.0, tilt=(35.0, -20.0))
+    return build_gram(still, MICROSCOPE.energy, 20.0, DETECTOR, 1, 1, sampling=0.05, cell=CELL)
+
+
+@pytest.mark.parametrize("n_atoms", [2, 3])
+def test_a_tilted_column_is_seen_as_probes_see_its_displaced_atoms(tilted, n_atoms):
+    lean = np.outer((np.arange(n_atoms) - (n_atoms - 1) / 2) * 3.6, [0.035, -0.020])
+    library_signals_are_those_of_probes(tilted, n_atoms, displacements=lean)
+    upright, there = (probe_signal(n_atoms, (0.3, -0.2), 45.0, displacements=u) for u in (0.0, lean))
+    assert abs(upright - there) > 0.02 * there
+
+
+def test_a_tilted_column_is_its_own_mirror_image_across_its_tilt_alone():
+    column = Column("Cu", 3, 3.6, 0.0, tilt=(30.0, 30.0))  # across whose diagonal the square grid is symmetric too
+    aperture = 20e-3 / wavelength(MICROSCOPE.energy)
+    sweep = prepare_sweep(column, MICROSCOPE.energy, aperture, DETECTOR, 1.5, sampling=0.05, cell=CELL)
+    raw = np.asarray(sweep_whole(jnp.asarray(column.leaning, jnp.float32), sweep))
+    changed = lambda direction: abs(mirrored(raw, laguerre_gauss_modes(1.5, aperture), direction) - raw).max() / abs(raw).max()
+    assert changed((1.0, 1.0)) < 1e-4
+    assert changed((1.0, -1.0)) > 0.03 and changed((1.0, 0.0)) > 0.03
+
+
+def test_a_tilted_gram_matrix_is_read_back(tilted, tmp_path):
+    save_gram(tmp_path / "gram.npz", tilted)
+    read = load_gram(tmp_path / "gram.npz")
+    assert read.tilt == (35.0, -20.0) and read.is_whole
+    np.testing.assert_array_equal(read.leaning, tilted.leaning)
+
+
+def test_a_detector_blind_on_one_side_is_seen_as_single_probes_see_it():
+    """Sensitivity rising along x, lower for y < 0: no mirror maps it onto itself."""
+    mrad = 1e3 * wavelength(200e3)
+    at = lambda x, y: 0.8 + 0.005 * x - 0.3 * np.clip(-y / 40, 0, 1)  # kinks on the axis and at 40 mrad, where pixels are
+    along = np.arange(-120.0, 121.0, 4.0)
+    measured = np.maximum(at(along, along[:, None]), 0)
+    detector = AnnularDetector(40.0, 100.0, measured, 4.0)
+    gram = build_gram(Column("Cu", 2, 3.6, 0.0), MICROSCOPE.energy, 20.0, detector, 1, 1, sampling=0.05, cell=CELL)
+    library_signals_are_those_of_probes(gram, 2, share=lambda qx, qy: np.maximum(at(qx * mrad, qy * mrad), 0))
+
+
+def test_columns_too_long_for_whole_matrices_are_refused_before_the_work():
+    with pytest.raises(InputError, match=r"45 atoms.*GB; allowed are 2 GB"):
+        build_gram(Column("Au", 45, 4.08, 0.63, tilt=(5.0, 0.0)), 3e5, 21.0, AnnularDetector(48.0, 180.0))
 
 
 def test_mode_spectra_are_orthonormal():

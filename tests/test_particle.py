@@ -170,6 +170,14 @@ def test_the_order_of_atoms_of_several_elements_plays_no_part():
     assert np.abs(one - plain).max() > 0.1 * np.abs(one).max()
 
 
+def test_a_tilt_moves_every_plane_aside_by_its_depth():
+    atoms, elements = MIXED[:4], OF_MIXED["element"][:4]
+    tilted, _ = simulate_particle(atoms, elements, 0.0, configurations=1, tilt=(40.0, -30.0), **SMALL)
+    aside = atoms + np.outer(atoms[:, 2], [0.040, -0.030, 0.0])
+    expected, _ = particle_gram(aside, elements, SMALL["cell"], SMALL["microscope"], SMALL["detector"], SMALL["sampling"])
+    np.testing.assert_allclose(tilted[0], expected, atol=1e-6 * np.abs(expected).max())
+
+
 def test_every_atom_shakes_by_its_own_b():
     # u = sqrt(B / 8 pi^2): 0.0893 Å for 0.63 Å^2
     atoms = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 4.0], [3.0, 1.0, 0.0]])

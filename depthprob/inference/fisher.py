@@ -11,7 +11,17 @@ from jaxtyping import Float
 from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
 from ..physics.focal_series import FocalSeries
-from ..physics.gram import Modes, default_cell, default_reach, default_sampling, laguerre_gauss_modes, prepare_sweep, sweep_atoms, symmetrised
+from ..physics.gram import (
+    Modes,
+    default_cell,
+    default_reach,
+    default_sampling,
+    laguerre_gauss_modes,
+    prepare_sweep,
+    require_full_symmetry,
+    sweep_atoms,
+    symmetrised,
+)
 from ..physics.library import CHEAP_ANGLE, CHEAP_CELL, at_points, column_images, plane_wave_images, thermal_draws
 from ..physics.optics import Microscope
 from ..physics.radial import prepare_radial, radial_gram
@@ -174,7 +184,13 @@ def phonon_information(
 
     Noise in a derivative counts as information: lateral displacements make atoms of one configuration distinguishable that are not. The
     waves travel on the coarse grid of the library's cheap sweep, in complex64; sums of the Fisher matrices are float64.
+
+    Raises
+    ------
+    InputError
+        For a tilted column, or a detector that is not round.
     """
+    require_full_symmetry(column, detector, "the information from symmetrised configurations")
     lam = float(wavelength(microscope.energy))
     angle, outer = float(microscope.convergence_angle), detector.outermost
     aperture, reach = angle * 1e-3 / lam, default_reach(column, angle)

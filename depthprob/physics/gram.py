@@ -5,7 +5,8 @@ scattering happens within about 2 Å of the column, so G is a smooth function of
 than the plane waves of a cell that holds the defocused probe: the Laguerre-Gauss modes chi_pl, 2 p + |l| <= order, that cover the
 column's neighbourhood in position and in angle (150 instead of 950 waves, on a cell a third as large for the paper's settings).
 The mean over thermal motion of an isolated column with an annular detector has the full rotation and mirror symmetry, so G is block
-diagonal in l with equal blocks for l and -l: averaging over that group is a matter of keeping those blocks.
+diagonal in l with equal blocks for l and -l: averaging over that group is a matter of keeping those blocks. A tilted column under a round
+detector keeps one mirror of it, a detector with a measured map nothing: their matrices are kept whole.
 """
 
 import math
@@ -20,6 +21,7 @@ from jaxtyping import Array, Complex, Float
 from scipy.fft import next_fast_len
 from scipy.special import eval_genlaguerre, gammaln, jv
 
+from ..errors import InputError
 from .detector import AnnularDetector
 from .electron import wavelength
 from .multislice import transmission
@@ -101,11 +103,13 @@ class ColumnGram(eqx.Module):
     ----------
     blocks : (scrambling, n_max, order + 1, P, P) complex
         <chi_pl| G |chi_p'l> of the column of n atoms for |l| = 0 ... order, P = order // 2 + 1, zero-padded; each scrambling a mean over
-        `configurations` thermal configurations.
+        `configurations` thermal configurations. Whole matrices (scrambling, n_max, mode, mode) of a tilted column or a detector that is not round.
     energy, spacing, debye_waller_b, aperture, reach : float
         What it was built for: eV, Å, Å^2, largest incident frequency 1/Å, and Å.
     inner, outer, sensitivity
         The detector's `record`.
+    tilt : (x, y)
+        Of the column [mrad].
     """
 
     blocks: np.ndarray
@@ -120,6 +124,7 @@ class ColumnGram(eqx.Module):
     configurations: int = eqx.field(static=True)
     parametrization: str = eqx.field(static=True)
     sensitivity: str = eqx.field(static=True, default="")
+    tilt: tuple[float, float] = eqx.field(static=True, default=(0.0, 0.0))
 
     @classmethod
     def of(cls, blocks, column: Column, energy, aperture, detector: AnnularDetector, reach, configurations: int, parametrization: str) -> "ColumnGram":
@@ -134,6 +139,7 @@ class ColumnGram(eqx.Module):
             reach=float(reach),
             configurations=configurations,
             parametrization=parametrization,
+            tilt=column.tilt,
             **detector.record,
         )
 
@@ -149,6 +155,16 @@ class ColumnGram(eqx.Module):
     def centre_of_mass(self) -> np.ndarray:
         """Centre of mass of each column below the modes' plane, which halves the longest column (n_max,) [Å]."""
         return (np.arange(self.n_max) - (self.n_max - 1)) / 2 * self.spacing
+
+    @property
+    def leaning(self) -> np.ndarray:
+        """Lateral position of each column's centre of mass, since the axis goes through that of the longest (n_max, 2) [Å]."""
+        return np.outer(self.centre_of_mass, self.tilt) * 1e-3
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it holds whole matrices instead of blocks."""
+        return self.blocks.ndim == 4
 
 
 class Sweep(NamedTuple):
@@ -193,9 +209,9 @@ def default_cell(column: Column, energy: float, aperture: float, reach: float) -
 def default_reach(column: Column, convergence_angle: float) -> float:
     """Radius [Å] at mid-column within which a ray inside the aperture can still meet an atom's core.
 
-    With 1.16 Å instead of 1.4 Å the images change by 0.1 % (gold) to 0.2 % (copper, 40 mrad) of their peak.
+    With 1.16 Å instead of 1.4 Å the images change by 0.1 % (gold) to 0.2 % (copper, 40 mrad) of their peak. A tilted column's ends lie aside.
     """
-    return 1.4 + 1e-3 * convergence_angle * column.spacing * (column.n_atoms - 1) / 2
+    return 1.4 + 1e-3 * (convergence_angle + math.hypot(*column.tilt)) * column.spacing * (column.n_atoms - 1) / 2
 
 
 def prepare_sweep(
@@ -240,6 +256,18 @@ def prepare_sweep(
     )
 
 
+def has_full_symmetry(column: Column, detector: AnnularDetector) -> bool:
+    """Whether turns and mirrors about the column change nothing of what the detector records, averaged over thermal motion."""
+    return detector.is_round and not any(column.tilt)
+
+
+def require_full_symmetry(column: Column, detector: AnnularDetector, what: str) -> None:
+    """Refuse a tilted column or a detector that is not round for `what`."""
+    if not has_full_symmetry(column, detector):
+        given = f"the tilt is {list(column.tilt)} mrad" if any(column.tilt) else "the detector's sensitivity is a map"
+        raise InputError(f"{given}, but {what} takes columns and detectors with full rotational symmetry alone: tilt [0, 0], and a sensitivity that is a profile of the angle, or none.")
+
+
 def sweep_column(
     displacements: Float[Array, "atom xy"], sweep: Sweep, modes: Modes
 ) -> Complex[Array, "atom l p p"]:
@@ -251,16 +279,33 @@ def sweep_column(
         Lateral displacement of each atom [Å], top atom first. One pass serves all atom numbers: the wave after atom n is the exit
         wave of the n-atom column.
     """
+    return _swept(displacements, sweep, lambda seen: _blocks(lambda g: seen[g].conj() @ seen[g].T, modes))
 
-    def gram(waves):
-        seen = waves.reshape(len(modes.l), -1)[:, sweep.detected] * sweep.weight
-        return _blocks(lambda g: seen[g].conj() @ seen[g].T, modes)
+
+def sweep_whole(displacements: Float[Array, "atom xy"], sweep: Sweep) -> Complex[Array, "atom mode mode"]:
+    """Whole Gram matrices, not symmetrised, where `sweep_column` gives blocks."""
+    return _swept(displacements, sweep, lambda seen: seen.conj() @ seen.T)
+
+
+def _swept(displacements, sweep: Sweep, gram: Callable) -> Array:
+    """What `gram` makes of the detected waves (mode, pixel) after every atom."""
 
     def atom(waves, displacement):
         waves = _scatter(waves, displacement, sweep)
-        return waves * sweep.propagator, gram(waves)
+        return waves * sweep.propagator, gram(waves.reshape(len(waves), -1)[:, sweep.detected] * sweep.weight)
 
     return jax.lax.scan(atom, sweep.incident, displacements)[1]
+
+
+def mirrored(grams: Complex[np.ndarray, "... mode mode"], modes: Modes, direction: tuple[float, float]) -> Complex[np.ndarray, "... mode mode"]:
+    """Whole matrices averaged with their mirror images in the plane of the beam and `direction`.
+
+    The mirror takes azimuth phi to 2 a - phi, so chi_pl to exp(2 i l a) chi_p-l, a the azimuth of the direction.
+    """
+    place = {pair: i for i, pair in enumerate(zip(modes.p.tolist(), modes.l.tolist(), strict=True))}
+    other = np.array([place[p, -l] for p, l in place])
+    turn = np.exp(2j * modes.l * math.atan2(direction[1], direction[0]))
+    return (grams + turn.conj()[:, None] * grams[..., other[:, None], other] * turn) / 2
 
 
 def symmetrised(grams: Complex[Array, "... mode mode"], modes: Modes) -> Complex[Array, "... l p p"]:

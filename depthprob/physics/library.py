@@ -19,6 +19,7 @@ from jaxtyping import Array, Complex, Float, Int
 from scipy.special import j0
 from scipy.stats import norm, qmc
 
+from ..errors import InputError
 from .detector import AnnularDetector
 from .electron import wavelength
 from .gram import (
@@ -29,15 +30,19 @@ from .gram import (
     default_cell,
     default_reach,
     default_sampling,
+    has_full_symmetry,
     laguerre_gauss_modes,
+    mirrored,
     mode_spectra,
     prepare_sweep,
     required_sampling,
     sweep_column,
+    sweep_whole,
 )
 from .optics import Microscope, aberration_phase
 from .specimen import Column, rms_from_debye_waller_b
 
+LARGEST = 2e9  # bytes of Gram matrices that are no blocks
 CHEAP_ANGLE, CHEAP_CELL = 0.78, 0.71  # band limit over outer angle, and cell over accurate cell, of the cheap sweep
 
 
@@ -237,6 +242,9 @@ def plane_wave_images(
     """
     kind = jnp.promote_types(jnp.asarray(grams).dtype, jnp.complex64)
     real = jnp.finfo(kind).dtype
+    whole = np.ndim(grams) == 3
+    if whole:
+        grams, matter = _in_what_matters(np.asarray(grams))
     grams = jnp.asarray(grams, kind)
     lam = float(wavelength(microscope.energy))
     aperture = float(microscope.convergence_angle) * 1e-3 / lam
@@ -246,7 +254,8 @@ def plane_wave_images(
     rim = np.clip((aperture - radius) * cell + 0.5, 0, 1)
     inside = rim > 0
     amplitude = rim[inside] / np.sqrt((rim**2).sum()) / cell
-    spectra = jnp.asarray(mode_spectra(modes, kx[inside], ky[inside]).conj() * amplitude * modes.taper[:, None], kind)
+    spectra = mode_spectra(modes, kx[inside], ky[inside]).conj() * amplitude * modes.taper[:, None]
+    spectra = jnp.asarray(matter.conj().T @ spectra if whole else spectra, kind)
     flat = jnp.asarray(np.flatnonzero(inside))
     chi = jnp.asarray(aberration_phase(microscope, kx[inside], ky[inside], 0.0))
     k2 = jnp.asarray(radius[inside] ** 2)
@@ -255,8 +264,8 @@ def plane_wave_images(
 
     spread = float(microscope.focal_spread)
     nodes, weights = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
-    if grams.ndim == 3:
-        groups, blocks = (tuple(range(len(modes.l))),), [grams]
+    if whole:
+        groups, blocks = (tuple(range(len(spectra))),), [grams]
     else:
         groups = tuple(tuple(np.flatnonzero(modes.l == value).tolist()) for value in dict.fromkeys(modes.l.tolist()))
         blocks = [grams[:, abs(modes.l[g[0]]), : len(g), : len(g)] for g in groups]
@@ -266,6 +275,14 @@ def plane_wave_images(
         for node, weight in zip(nodes, weights / weights.sum(), strict=True):
             out[:, i] += weight * np.asarray(_images(blocks, a_at(z + spread * node), flat, source_factor, groups, size))
     return out
+
+
+def _in_what_matters(grams: Complex[np.ndarray, "m mode mode"], tolerance: float = 1e-5) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices (m, r, r) on the r combinations of modes (mode, r) that any of them sees by more than `tolerance` of the strongest."""
+    square = np.einsum("mij,mkj->ik", grams.astype(complex), grams.conj(), optimize=True)
+    values, vectors = np.linalg.eigh(square)
+    vectors = vectors[:, values > tolerance**2 * values[-1]]
+    return vectors.conj().T @ grams @ vectors, vectors
 
 
 @partial(jax.jit, static_argnames=("groups", "size"))
@@ -312,7 +329,7 @@ def library_from_gram(
     widest = max(abs(z_range[0]), abs(z_range[1]))
     cell = image_cell or 2 * (1e-3 * float(microscope.convergence_angle) * widest + 7.0)
     size = int(np.ceil(4.1 * aperture * cell / 2)) * 2
-    measure, area, to_images = _measurement(source.modes, microscope, cell, size)
+    measure, area, to_images = _measurement(source, microscope, cell, size)
     images = measure(source.blocks.mean(0), plane)
     basis, weights = _low_rank(images.reshape(n_max * len(plane), -1), tolerance, area)
     weights = weights.reshape(n_max, len(plane), -1)
@@ -332,13 +349,23 @@ def library_from_gram(
     )
 
 
-def _measurement(modes: Modes, microscope: Microscope, cell: float, size: int):
-    """How images are held while a library is made: (grams, plane) -> (gram, z, point); area of each point [Å^2]; points -> images.
+def _measurement(source: ColumnGram, microscope: Microscope, cell: float, size: int):
+    """How images are held while a library is made: (grams of 1 ... n_max atoms, plane) -> (gram, z, point); area of each point [Å^2]; points -> images.
 
-    Points are radii where the lens is round, else pixels. The source's width is in them.
+    Points are radii about the column where lens, column and detector are round, else pixels, the column's centre of mass at pixel (0, 0).
+    The source's width is in them.
     """
-    if not is_round(microscope):
-        measure = lambda grams, plane: plane_wave_images(grams, modes, microscope, plane, cell, size).reshape(len(grams), len(plane), -1)
+    modes = source.modes
+    if source.is_whole or not is_round(microscope):
+        q = np.fft.fftfreq(size, cell / size)
+        to_centre = np.exp(2j * np.pi * (source.leaning[:, 1, None, None] * q[:, None] + source.leaning[:, 0, None, None] * q))[:, None]
+
+        def measure(grams, plane):
+            images = plane_wave_images(grams, modes, microscope, plane, cell, size)
+            if any(source.tilt):
+                images = np.fft.ifft2(np.fft.fft2(images) * to_centre).real
+            return images.reshape(len(grams), len(plane), -1)
+
         return measure, np.full(size**2, (cell / size) ** 2), lambda basis: basis.reshape(-1, size, size)
     end = cell
     one = column_profiles(np.zeros((1, modes.order + 1, modes.order // 2 + 1, modes.order // 2 + 1)), modes, microscope, np.zeros(1), end)
@@ -457,14 +484,17 @@ def build_gram(
     reach = reach or default_reach(column, convergence_angle)
     corrections = min(corrections or max(1, configurations // 8), configurations)
     modes = laguerre_gauss_modes(reach, aperture)
+    is_whole = not has_full_symmetry(column, detector)
+    if is_whole:
+        _check_size(column, len(modes.l), scramblings)
     sampling = sampling or default_sampling(energy, detector.outermost, convergence_angle)
     cell = cell or default_cell(column, energy, aperture, reach)
     prepare = lambda sampling, cell: _traced(prepare_sweep(column, energy, aperture, detector, reach, parametrization, sampling, cell))
     accurate = prepare(sampling, cell)
     cheap = prepare(max(sampling, required_sampling(energy, CHEAP_ANGLE * detector.outermost)), CHEAP_CELL * cell)
-    one = jax.jit(lambda u, sweep: sweep_column(u, sweep, modes))
-    size = modes.order // 2 + 1
-    sums = np.zeros((2, scramblings, column.n_atoms, modes.order + 1, size, size), np.complex128)
+    one = jax.jit(sweep_whole if is_whole else lambda u, sweep: sweep_column(u, sweep, modes))
+    size = (len(modes.l),) * 2 if is_whole else (modes.order + 1, *(modes.order // 2 + 1,) * 2)
+    sums = np.zeros((scramblings, column.n_atoms, *size), np.complex128)
     settings = repr((column, energy, convergence_angle, detector.record, configurations, corrections, seed, parametrization, sampling, reach, cell))
     done = 0
     if checkpoint and Path(checkpoint).exists():
@@ -477,17 +507,29 @@ def build_gram(
     for i, (s, c) in enumerate(progress(order, desc="column library", unit="configuration")):
         if i < done:
             continue
-        u = jnp.asarray(draws[s][c], jnp.float32)
+        u = jnp.asarray(draws[s][c] + column.leaning, jnp.float32)
         if corrections < configurations:
             blocks = np.asarray(one(u, cheap))
-            sums[0, s] += blocks / configurations
+            sums[s] += blocks / configurations
         else:
             blocks = 0
         if c < corrections:
-            sums[1, s] += (np.asarray(one(u, accurate)) - blocks) / corrections
+            sums[s] += (np.asarray(one(u, accurate)) - blocks) / corrections
         if checkpoint and (i % 8 == 7 or i + 1 == len(order)):
             _atomic_npz(checkpoint, sums=sums, done=i + 1, settings=settings)
-    return ColumnGram.of(sums.sum(0), column, energy, aperture, detector, reach, configurations, parametrization)
+    if is_whole and detector.is_round:
+        sums = mirrored(sums, modes, column.tilt)
+    return ColumnGram.of(sums, column, energy, aperture, detector, reach, configurations, parametrization)
+
+
+def _check_size(column: Column, n_modes: int, scramblings: int) -> None:
+    """Refuse columns whose whole Gram matrices are more than `LARGEST`."""
+    need = 16 * scramblings * column.n_atoms * n_modes**2
+    if need > LARGEST:
+        raise InputError(
+            f"columns of up to {column.n_atoms} atoms, tilted or with a detector that is not round, need {scramblings * column.n_atoms} Gram matrices of "
+            f"{n_modes} waves without symmetry, {need / 1e9:.1f} GB; allowed are {LARGEST / 1e9:g} GB. Ask for fewer atoms, or for tilt [0, 0] and a round sensitivity."
+        )
 
 
 def _traced(sweep: Sweep) -> Sweep:

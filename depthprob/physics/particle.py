@@ -234,6 +234,7 @@ def simulate_particle(
     checkpoint: str | Path | None = None,
     progress: Callable = lambda items, **_: items,
     occupancy: float | np.ndarray = 1.0,
+    tilt: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gram matrices (2, K, K) of two independent halves of the thermal configurations, and their waves (K, 2).
 
@@ -246,6 +247,8 @@ def simulate_particle(
         Mean positions [Å].
     element, debye_waller_b, occupancy : one for all, or one for each atom
         Symbol, B [Å^2], and probability to be there, drawn anew in every configuration; of atoms that share a site one at most is there.
+    tilt : (x, y)
+        Small angles [mrad]: every plane moves aside by z * tilt, so that the cell stays periodic and what lies at z = 0 in its place.
 
     Raises
     ------
@@ -261,6 +264,7 @@ def simulate_particle(
         sampling,
         microscope.energy,
         microscope.convergence_angle,
+        *tilt,
     )
     digest = hashlib.sha256(b"".join(a.tobytes() for a in (atoms, b, share)) + " ".join(elements).encode()).hexdigest()[:16]
     settings = f"{' '.join(np.unique(elements))}, {parametrization}, seed {seed}, atoms {digest}, detector {detector.record}, " + ", ".join(
@@ -289,6 +293,7 @@ def simulate_particle(
         total=configurations,
     ):
         moved = atoms.copy()
+        moved[:, :2] += np.outer(atoms[:, 2], tilt) * 1e-3
         moved[:, :2] += halves[i % 2][i // 2]
         there = occupied(atoms, share, np.random.default_rng([seed, i]))
         gram, waves = particle_gram(

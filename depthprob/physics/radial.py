@@ -21,7 +21,7 @@ from scipy.special import k0, k1
 
 from .detector import AnnularDetector
 from .electron import interaction_parameter, wavelength
-from .gram import ColumnGram, Modes, bessel, default_reach, laguerre_gauss_modes, mode_spectra
+from .gram import ColumnGram, Modes, bessel, default_reach, laguerre_gauss_modes, mode_spectra, require_full_symmetry
 from .scattering import POTENTIAL_PER_SCATTERING_FACTOR, parameters
 from .specimen import Column, rms_from_debye_waller_b
 
@@ -115,7 +115,13 @@ def prepare_radial(
         Gauss-Laguerre nodes of the radius of the thermal displacement.
     oversampling : float
         Nodes in frequency over Nyquist's number.
+
+    Raises
+    ------
+    InputError
+        For a tilted column, or a detector that is not round.
     """
+    require_full_symmetry(column, detector, "the deterministic thermal model")
     grids = _grids(column, energy, aperture, detector.edges, modes, parametrization, range_of_potential, thermal_nodes, oversampling)
     return _with_detector(grids, detector, energy, modes)
 

@@ -3,6 +3,7 @@
 import math
 
 import equinox as eqx
+import numpy as np
 from jaxtyping import ScalarLike
 
 
@@ -18,12 +19,21 @@ class Column(eqx.Module):
         Distance between atoms along the beam [Å].
     debye_waller_b : scalar
         B = 8 pi^2 u^2 [Å^2], u the rms displacement along one axis.
+    tilt : (x, y)
+        Small angles [mrad] by which the column leans: an atom z below its centre of mass lies z * tilt beside it.
     """
 
     element: str = eqx.field(static=True)
     n_atoms: int = eqx.field(static=True)
     spacing: ScalarLike
     debye_waller_b: ScalarLike
+    tilt: tuple[float, float] = eqx.field(static=True, default=(0.0, 0.0), converter=lambda tilt: (float(tilt[0]), float(tilt[1])))
+
+    @property
+    def leaning(self) -> np.ndarray:
+        """Lateral positions (atom, 2) [Å] about the middle, top atom first."""
+        z = (np.arange(self.n_atoms) - (self.n_atoms - 1) / 2) * float(self.spacing)
+        return np.outer(z, self.tilt) * 1e-3
 
 
 def debye_waller_b_from_rms(rms: float) -> float:

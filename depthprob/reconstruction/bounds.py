@@ -8,6 +8,7 @@ from ..config import Config
 from ..inference.fisher import atom_information
 from ..inference.likelihood import depth_bounds, fisher_and_score, make_problem
 from ..physics.focal_series import Field, FocalSeries
+from ..physics.gram import has_full_symmetry
 from .libraries import column_of, detector_of, gram_for, library_for, microscope_of, read_variance_of
 from .pipeline import GAUGE
 
@@ -24,7 +25,7 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     The column's, alone and with sets of nuisances, from the library that `thermal.model` asks for; the atoms' from `atom_information`.
     """
     n = config.specimen.n_atoms
-    microscope, settings = microscope_of(config), config.focal_series
+    microscope, detector, settings = microscope_of(config), detector_of(config), config.focal_series
     largest = max(n, config.crlb.max_atoms or n)
     library = library_for(config, largest, progress)
     absorptive = config.thermal.model == "absorptive"
@@ -61,8 +62,13 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     if config.crlb.max_atoms:
         numbers = range(1, config.crlb.max_atoms + 1)
         result["column_depth_sd_by_n_atoms_A"] = [bound((), m) for m in progress(numbers, desc="bounds", unit="column")]
-    if config.crlb.atoms:
-        atoms = atom_information(column, microscope, detector_of(config), series, config.simulation.parametrization, progress)
+    if config.crlb.atoms and not has_full_symmetry(column, detector):
+        result["atom_model"] = (
+            "none: bounds on single atoms come from a deterministic model with full rotational symmetry, which a tilted column or a detector "
+            "with a measured map has not; theirs are null"
+        )
+    elif config.crlb.atoms:
+        atoms = atom_information(column, microscope, detector, series, config.simulation.parametrization, progress)
         finite = [float(sd) if np.isfinite(sd) else None for sd in atoms.atom_sd]
         result |= {
             "atom_depth_sd_A": finite,

@@ -88,6 +88,7 @@ def gram_of(
         "debye_waller_b": round(float(column.debye_waller_b), 6),
         "energy": energy,
         "parametrization": parametrization,
+        "tilt": column.tilt,
         **detector.record,
     }
     if sampling is None:
@@ -107,7 +108,7 @@ def gram_of(
         "sampling": sampling,
         "format": FORMAT,
     }
-    named = {k: v for k, v in wanted.items() if v != ""}  # files made before a detector could be measured keep their names
+    named = {k: v for k, v in wanted.items() if v not in ("", (0.0, 0.0))}  # files older than these settings keep their names
     path = cache_folder() / f"gram_{_checksum(json.dumps(named, sort_keys=True).encode())}.npz"
     if path.exists():
         return load_gram(path)
@@ -164,7 +165,17 @@ def microscope_of(config: Config) -> Microscope:
 
 
 def detector_of(config: Config) -> AnnularDetector:
-    return AnnularDetector(inner=config.detector.inner_mrad, outer=config.detector.outer_mrad)
+    """The config's annuli, with the sensitivity in its file."""
+    d = config.detector
+    measured = None
+    if d.sensitivity is not None:
+        path = config.resolve(d.sensitivity)
+        try:
+            with path.open("rb") as file:
+                measured = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as fault:
+            raise InputError(f"cannot read detector.sensitivity {str(path)!r} ({fault}). Give one array, written by numpy.save as .npy.") from None
+    return AnnularDetector(d.inner_mrad, d.outer_mrad, measured, d.sensitivity_pixel_mrad)
 
 
 def read_variance_of(config: Config) -> float:
@@ -193,7 +204,7 @@ def read_cell(config: Config) -> UnitCell:
 
 def column_of(config: Config, n_atoms: int) -> Column:
     """Isolated column of the config's crystal."""
-    return Column(config.specimen.element, n_atoms, column_geometry(config).spacing, config.specimen.debye_waller_b)
+    return Column(config.specimen.element, n_atoms, column_geometry(config).spacing, config.specimen.debye_waller_b, config.specimen.tilt_mrad)
 
 
 def z_range_of(config: Config) -> tuple[float, float]:

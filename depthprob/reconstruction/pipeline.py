@@ -266,7 +266,8 @@ def reconstruct(
 
     stages("lattice")
     position_sd = np.stack([estimate.sd("x"), estimate.sd("y")], 1) if "x" in problem.free else np.zeros_like(positions)
-    snapped = snap(positions, depth, depth_sd, n_now, geometry, position_sd)
+    lean = np.asarray(config.specimen.tilt_mrad) * 1e-3  # what the tilt moves aside, Å per Å of depth
+    snapped = snap(positions - np.outer(depth, lean), depth, depth_sd, n_now, geometry, position_sd)
 
     rate = fit.rates(estimate.parameters, problem)
     fit_quality = goodness_of_fit(estimate.parameters, problem, rate)
@@ -316,7 +317,7 @@ def reconstruct(
         goodness_of_fit=fit_quality,
         lattice_depth=snapped.depth,
         lattice_probability=snapped.probability,
-        atoms=snapped.atoms,
+        atoms=snapped.atoms + np.pad(np.outer(snapped.atoms[:, 2], lean), [(0, 0), (0, 1)]),
         atom_sd=snapped.atom_sd,
         site_probability=snapped.site_probability,
         column_of_atom=snapped.column_of_atom,
@@ -432,7 +433,7 @@ def simulate(config: Config, noise: bool = True, quiet: bool = False, checkpoint
         sampling = config.simulation.potential_sampling_A or default_sampling(microscope.energy, detector.outermost, microscope.convergence_angle)
         halves, waves = simulate_particle(
             structure.positions, structure.get_chemical_symbols(), structure.arrays["debye_waller_B_A2"], cell, microscope, detector, config.thermal.configurations,
-            config.thermal.seed, sampling, config.simulation.parametrization, checkpoint, progress, structure.arrays["occupancy"],
+            config.thermal.seed, sampling, config.simulation.parametrization, checkpoint, progress, structure.arrays["occupancy"], config.specimen.tilt_mrad,
         )
         shape = tuple(round(side / pixel) for side in cell[::-1])
         if any(abs(n * pixel - side) > 1e-3 * pixel * n for n, side in zip(shape[::-1], cell, strict=True)):

@@ -40,9 +40,14 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
     Raises
     ------
     InputError
-        For ranges that leave no room, several annuli to start from, or aberrations that are not round.
+        For ranges that leave no room, several annuli to start from, a measured sensitivity, tilt, or aberrations that are not round.
     """
     wanted, settings, microscope = config.design, config.focal_series, microscope_of(config)
+    if any(config.specimen.tilt_mrad) or config.detector.sensitivity is not None:
+        raise InputError(
+            f"specimen.tilt_mrad is {list(config.specimen.tilt_mrad)} and detector.sensitivity is {config.detector.sensitivity!r}; design follows upright "
+            "columns and annuli of unit sensitivity alone. Leave both out."
+        )
     if len(config.detector.inner) > 1:
         raise InputError(
             f"detector.inner_mrad is {list(config.detector.inner)}; design starts from one annulus, since it counts annuli separately and the config adds "
