@@ -141,7 +141,7 @@ def test_models_that_need_symmetry_refuse_a_map_and_a_tilt():
             absorptive_gram(Column("Cu", 2, 3.6, 0.5, tilt=(1.0, 0.0)), ENERGY, ANGLE, LOW)
 
 
-@pytest.mark.parametrize("measured, pixel, word", [(np.ones((3, 3)), None, "pixel size"), (np.ones((3, 3, 3)), 1.0, "shape"), (np.full(5, np.nan), 1.0, "nan"), (-np.ones(5), 1.0, "-1"), (np.zeros(5), 1.0, "all 0"), (np.full((3, 3), 255), 1.0, "255")])
+@pytest.mark.parametrize("measured, pixel, word", [(np.ones((3, 3)), None, "pixel size"), (np.ones((3, 3, 3)), 1.0, "shape"), (np.full(5, np.nan), 1.0, "nan"), (-np.ones(5), 1.0, "-1"), (np.zeros(5), 1.0, "all 0"), (np.full((3, 3), 255), 1.0, "255"), (np.ones((9, 9)), 1e-3, "everywhere")])
 def test_a_sensitivity_that_is_none_is_refused(measured, pixel, word):
     with pytest.raises(InputError, match=word):
         AnnularDetector(30.0, 60.0, measured, pixel)

@@ -51,6 +51,12 @@ class AnnularDetector(eqx.Module):
             raise InputError(f"inner is {self.inner} and outer is {self.outer} mrad: annuli overlap, and would record an electron twice. Make them one, or move their edges apart.")
         if self.measured is not None:
             _check_measured(self.measured, self.pixel_size)
+            at = [(np.arange(n) - (n - 1) / 2 * (len(self.measured.shape) - 1)) * float(self.pixel_size) for n in self.measured.shape]
+            if not self.sensitivity(at[-1], at[0][:, None] if len(at) == 2 else 0.0).any():
+                raise InputError(
+                    f"the detector's sensitivity reaches {at[-1][-1]:g} mrad and is 0 everywhere between inner, {self.inner}, and outer, {self.outer} mrad. "
+                    "Check the angle between its pixels."
+                )
 
     @property
     def annuli(self) -> tuple[tuple[float, float], ...]:
