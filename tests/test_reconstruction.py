@@ -193,3 +193,44 @@ def test_a_wide_noisy_vacuum_hides_no_columns_and_makes_none():
     ex, ey = (np.exp(-((x - t[:, None]) ** 2) / (2 * 0.5**2)) for t in truth.T)
     image = 0.1 * ey.T @ ex + 0.003 + rng.normal(0, 2e-3, (512, 512))
     assert len(find_columns(image, 0.2)) == len(truth)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_atoms_of_a_tilted_crystal_are_found_leaning_on_their_planes():
+    """Nine copper columns on one plane but for one: z * tilt aside of an upright lattice, columns and their atoms."""
+    import jax
+
+    from depthprob.config import config_from_dict
+    from depthprob.io import Stack
+    from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
+    from depthprob.physics.library import build_gram, library_from_gram
+    from depthprob.physics.optics import Microscope
+    from depthprob.reconstruction.libraries import column_of, detector_of
+    from depthprob.reconstruction.pipeline import reconstruct
+
+    tilt, pixel, shape = np.array([0.03, -0.02]), 0.25, (44, 44)
+    defocus = np.arange(-120.0, 121.0, 20.0)
+    config = config_from_dict({
+        "microscope": {"energy_keV": 200.0, "convergence_angle_mrad": 20.0, "source_fwhm_A": 0.7},
+        "detector": {"inner_mrad": 40.0, "outer_mrad": 100.0},
+        "focal_series": {"defocus_A": defocus.tolist(), "pixel_size_A": pixel, "dose_e_per_A2": 1e6},
+        "specimen": {"element": "Cu", "lattice_constant_A": 3.6, "debye_waller_B_A2": 0.0, "tilt_mrad": (1e3 * tilt).tolist()},
+    })
+    with jax.enable_x64(True):
+        gram = build_gram(column_of(config, 4), 200e3, 20.0, detector_of(config), 1, 1, sampling=0.05, cell=13.0)
+        library = library_from_gram(gram, Microscope(200e3, 20.0, source_fwhm=0.7), (-160.0, 160.0))
+        i, j = (a.ravel() for a in np.mgrid[:3, :3])
+        depths = (i + j) % 2 * 1.8 + np.where((i == 0) & (j == 2), 10.8, 0.0)  # fcc: neighbours half a spacing apart
+        upright = 3.6 + 1.8 * np.stack([i, j], 1)
+        places, many = upright + np.outer(depths, tilt), len(defocus)
+        field = Field(places, np.full(9, 3), depths, np.full(many, 1e-4), np.ones(many), np.zeros((many, 2)))
+        data = np.asarray(expected_counts(field, library, FocalSeries(defocus, pixel, np.full(many, 1e6), shape)))
+        found = reconstruct(Stack(data, defocus, pixel, {}), config, library, quiet=True)
+    at = np.argmin(np.hypot(*(found.positions[:, None] - places).transpose(2, 0, 1)), 1)
+    assert sorted(at) == list(range(9)) and np.all(found.n_atoms == 3)
+    np.testing.assert_allclose(found.positions, places[at], atol=0.02)
+    np.testing.assert_allclose(found.depth, depths[at], atol=0.3)
+    z = depths[at][found.column_of_atom] + np.tile([-3.6, 0.0, 3.6], 9)
+    np.testing.assert_allclose(found.atoms[:, 2], z, atol=0.3)
+    np.testing.assert_allclose(found.atoms[:, :2], upright[at][found.column_of_atom] + np.outer(z, tilt), atol=0.03)
