@@ -12,6 +12,7 @@ from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
 from ..physics.focal_series import FocalSeries
 from ..physics.gram import (
+    DiscModes,
     Modes,
     default_cell,
     default_reach,
@@ -24,8 +25,8 @@ from ..physics.gram import (
 )
 from ..physics.library import CHEAP_ANGLE, CHEAP_CELL, at_points, column_images, plane_wave_images, thermal_draws
 from ..physics.optics import Microscope
-from ..physics.radial import prepare_radial, radial_gram
 from ..physics.specimen import Column
+from ..physics.thermal import depth_derivatives, gram_of_depths, incident_disc, prepare_channel
 
 KNOWN = 1e-14  # eigenvalues below this part of the largest are rounding
 
@@ -107,7 +108,7 @@ def atom_counts(
 ) -> Float[np.ndarray, "entry focus y x"]:
     """Expected counts of an isolated column's series, then their derivatives by the depth of each atom [1/Å], top atom first.
 
-    By the deterministic thermal model (`physics.radial`) in float64 and complex128, except that the incident modes are tabulated in complex64.
+    Thermal motion averaged in closed form (`physics.thermal`), float64 and complex128.
 
     Parameters
     ----------
@@ -115,26 +116,18 @@ def atom_counts(
         z of each atom [Å]; by default equally spaced about zero.
     derivatives : bool
         False for the counts alone, as the only entry.
-
-    Raises
-    ------
-    ValueError
-        Outside `jax.enable_x64(True)`.
     """
-    if not jax.config.jax_enable_x64:
-        raise ValueError("atom_counts needs double precision: call it under jax.enable_x64(True).")
-    lam = float(wavelength(microscope.energy))
-    aperture = float(microscope.convergence_angle) * 1e-3 / lam
-    modes = laguerre_gauss_modes(default_reach(column, float(microscope.convergence_angle)), aperture)
-    radial = prepare_radial(column, microscope.energy, aperture, detector, modes, parametrization)
-    depths = jnp.asarray(depths if depths is not None else (np.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * column.spacing)
-    gram = jax.jit(radial_gram)(depths, radial)
-    tangent = jax.jit(lambda v: jax.jvp(lambda z: radial_gram(z, radial), (depths,), (v,))[1])
-    grams = [gram] + [tangent(v) for v in progress(jnp.eye(column.n_atoms if derivatives else 0, column.n_atoms), desc="atoms", unit="atom")]
-    return _counts(np.stack(grams), modes, column, microscope, series)
+    energy = float(microscope.energy)
+    aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(energy))
+    modes = incident_disc(column, energy, aperture)
+    channel = prepare_channel(column, energy, aperture, detector, parametrization)
+    depths = np.asarray(depths if depths is not None else (np.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * float(column.spacing))
+    grams = depth_derivatives(depths, channel, modes, progress) if derivatives else gram_of_depths(depths, channel, modes)[None]
+    with jax.enable_x64(True):
+        return _counts(grams, modes, column, microscope, series)
 
 
-def _counts(grams: np.ndarray, modes: Modes, column: Column, microscope: Microscope, series: FocalSeries) -> Float[np.ndarray, "entry focus y x"]:
+def _counts(grams: np.ndarray, modes: Modes | DiscModes, column: Column, microscope: Microscope, series: FocalSeries) -> Float[np.ndarray, "entry focus y x"]:
     """Expected counts of the series, and of their derivatives, from Gram blocks or whole matrices; the column in the image's middle."""
     ny, nx = series.shape
     aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(microscope.energy))

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 from scipy.special import j0, j1
 
 from ..physics.focal_series import FocalSeries, Renderer, phases, q_squared, to_pixels, widening
-from ..physics.library import ColumnLibrary, at_points, legendre_nodes
+from ..physics.gram import legendre_nodes
+from ..physics.library import ColumnLibrary, at_points
 from .arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
 from .likelihood import (
     BACKGROUND_SHAPE,

@@ -9,6 +9,7 @@ diagonal in l with equal blocks for l and -l: averaging over that group is a mat
 detector keeps one mirror of it, a detector with a measured map nothing: their matrices are kept whole.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -37,6 +38,60 @@ class Modes(NamedTuple):
     order: int
     scale: float
 
+    @property
+    def block_size(self) -> int:
+        """Most modes of one angular momentum."""
+        return self.order // 2 + 1
+
+
+class DiscModes(NamedTuple):
+    """Incident waves within a sharp aperture, sorted as `Modes`: radial(k) exp(i l phi), radial a polynomial through values at Legendre nodes.
+
+    Attributes
+    ----------
+    p, l, taper : (mode,)
+        As in `Modes`; the taper is one.
+    aperture : float
+        Largest frequency [1/Å].
+    radial : (l, P, node)
+        Values at the Gauss-Legendre nodes of (0, aperture), for l >= 0; rows of zeros where there are fewer modes [Å].
+    """
+
+    p: np.ndarray
+    l: np.ndarray
+    taper: np.ndarray
+    aperture: float
+    radial: np.ndarray
+
+    @property
+    def order(self) -> int:
+        return len(self.radial) - 1
+
+    @property
+    def block_size(self) -> int:
+        """Most modes of one angular momentum."""
+        return self.radial.shape[1]
+
+
+def disc_modes(radial: np.ndarray, aperture: float) -> DiscModes:
+    """Modes of both signs of l from their radial parts, as `DiscModes` holds them."""
+    each = [(p, sign * l) for l, rows in enumerate(radial) for sign in ((-1, 1) if l else (1,)) for p in range(int(abs(rows).any(1).sum()))]
+    p, l = np.array(each).T
+    return DiscModes(p, l, np.ones(len(p)), aperture, radial)
+
+
+def complete_disc_modes(radius: float, aperture: float) -> DiscModes:
+    """One mode for each Legendre node and l: all waves |k| <= aperture within |r| <= radius [Å], none of them damped."""
+    nodes, w = legendre_nodes(aperture, math.ceil(2 * aperture * radius) + 8)
+    order = math.ceil(2 * math.pi * aperture * radius)
+    return disc_modes(np.tile(np.diag((2 * np.pi * nodes * w) ** -0.5), (order + 1, 1, 1)), aperture)
+
+
+def legendre_nodes(end: float, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights on (0, end)."""
+    x, w = np.polynomial.legendre.leggauss(n)
+    return (x + 1) / 2 * end, w / 2 * end
+
 
 def laguerre_gauss_modes(reach: float, aperture: float, margin: int = 12) -> Modes:
     """Modes that represent plane waves |k| <= aperture within |r| <= reach.
@@ -61,11 +116,18 @@ def laguerre_gauss_modes(reach: float, aperture: float, margin: int = 12) -> Mod
     return Modes(p, l, taper, order, scale)
 
 
-def mode_spectra(modes: Modes, kx: np.ndarray, ky: np.ndarray) -> np.ndarray:
+def mode_spectra(modes: Modes | DiscModes, kx: np.ndarray, ky: np.ndarray) -> np.ndarray:
     """Fourier transforms of the modes, orthonormal over d^2k [Å]; kx, ky in 1/Å of any common shape.
 
-    The modes are their own transforms up to (-i)^(2p+|l|), with width 1 / (2 pi scale).
+    Laguerre-Gauss modes are their own transforms up to (-i)^(2p+|l|), with width 1 / (2 pi scale); disc modes are polynomials up to the aperture.
     """
+    if isinstance(modes, DiscModes):
+        k, phi = np.hypot(kx, ky), np.arctan2(ky, kx)
+        inside = k <= modes.aperture
+        radial = modes.radial[abs(modes.l), modes.p] @ _interpolation(modes, k[inside])
+        spectra = np.zeros((len(modes.l), *k.shape), complex)
+        spectra[:, inside] = radial * np.exp(1j * np.outer(modes.l, phi[inside]))
+        return spectra
     width = 1 / (2 * math.pi * modes.scale)
     rho = np.hypot(kx, ky) / width
     phi = np.arctan2(ky, kx)
@@ -76,6 +138,14 @@ def mode_spectra(modes: Modes, kx: np.ndarray, ky: np.ndarray) -> np.ndarray:
         radial = norm * rho**m * eval_genlaguerre(p, m, rho**2) * np.exp(-(rho**2) / 2)
         spectra[i] = (-1j) ** int(2 * p + m) * radial * np.exp(1j * l * phi)
     return spectra
+
+
+def _interpolation(modes: DiscModes, k: np.ndarray) -> Float[np.ndarray, "node k"]:
+    """Polynomials that are one at one Legendre node of the aperture and zero at the others, from sums of Legendre polynomials."""
+    x, w = np.polynomial.legendre.leggauss(modes.radial.shape[2])
+    degree = np.arange(len(x))
+    at_nodes, at_k = (np.polynomial.legendre.legvander(v, len(x) - 1) for v in (x, 2 * k / modes.aperture - 1))
+    return w[:, None] * at_nodes * (degree + 0.5) @ at_k.T
 
 
 def bessel(order: int, x: np.ndarray) -> np.ndarray:
@@ -102,14 +172,18 @@ class ColumnGram(eqx.Module):
     Attributes
     ----------
     blocks : (scrambling, n_max, order + 1, P, P) complex
-        <chi_pl| G |chi_p'l> of the column of n atoms for |l| = 0 ... order, P = order // 2 + 1, zero-padded; each scrambling a mean over
-        `configurations` thermal configurations. Whole matrices (scrambling, n_max, mode, mode) of a tilted column or a detector that is not round.
+        <chi_pl| G |chi_p'l> of the column of n atoms for |l| = 0 ... order, zero-padded; each scrambling a mean over `configurations`
+        thermal configurations, infinitely many of them in closed form. Whole matrices (scrambling, n_max, mode, mode) of a tilted column or a detector that is not round.
     energy, spacing, debye_waller_b, aperture, reach : float
         What it was built for: eV, Å, Å^2, largest incident frequency 1/Å, and Å.
     inner, outer, sensitivity
         The detector's `record`.
     tilt : (x, y)
         Of the column [mrad].
+    radial : (order + 1, P, node) complex
+        The modes, if they are `DiscModes`; empty for Laguerre-Gauss modes.
+    longest : int
+        Atoms of the column that the modes' plane halves; 0 for n_max.
     """
 
     blocks: np.ndarray
@@ -121,13 +195,15 @@ class ColumnGram(eqx.Module):
     outer: float | tuple[float, ...] = eqx.field(static=True)
     aperture: float = eqx.field(static=True)
     reach: float = eqx.field(static=True)
-    configurations: int = eqx.field(static=True)
+    configurations: float = eqx.field(static=True)
     parametrization: str = eqx.field(static=True)
+    radial: np.ndarray = eqx.field(default_factory=lambda: np.zeros((0, 0, 0)))
     sensitivity: str = eqx.field(static=True, default="")
     tilt: tuple[float, float] = eqx.field(static=True, default=(0.0, 0.0))
+    longest: int = eqx.field(static=True, default=0)
 
     @classmethod
-    def of(cls, blocks, column: Column, energy, aperture, detector: AnnularDetector, reach, configurations: int, parametrization: str) -> "ColumnGram":
+    def of(cls, blocks, column: Column, energy, aperture, detector: AnnularDetector, reach, configurations: float, parametrization: str, **modes) -> "ColumnGram":
         """From blocks of any precision, kept as complex64, and what they were built for."""
         return cls(
             blocks=np.asarray(blocks, np.complex64),
@@ -141,6 +217,7 @@ class ColumnGram(eqx.Module):
             parametrization=parametrization,
             tilt=column.tilt,
             **detector.record,
+            **modes,
         )
 
     @property
@@ -148,13 +225,17 @@ class ColumnGram(eqx.Module):
         return self.blocks.shape[1]
 
     @property
-    def modes(self) -> Modes:
-        return laguerre_gauss_modes(self.reach, self.aperture)
+    def modes(self) -> Modes | DiscModes:
+        return disc_modes(self.radial, self.aperture) if self.radial.size else laguerre_gauss_modes(self.reach, self.aperture)
 
     @property
     def centre_of_mass(self) -> np.ndarray:
         """Centre of mass of each column below the modes' plane, which halves the longest column (n_max,) [Å]."""
-        return (np.arange(self.n_max) - (self.n_max - 1)) / 2 * self.spacing
+        return (np.arange(self.n_max) - ((self.longest or self.n_max) - 1)) / 2 * self.spacing
+
+    def first(self, n_max: int) -> "ColumnGram":
+        """Of the columns of up to n_max atoms alone."""
+        return dataclasses.replace(self, blocks=self.blocks[:, :n_max], longest=self.longest or self.n_max)
 
     @property
     def leaning(self) -> np.ndarray:
@@ -315,7 +396,7 @@ def symmetrised(grams: Complex[Array, "... mode mode"], modes: Modes) -> Complex
 
 def _blocks(block_of: Callable, modes: Modes) -> Array:
     """Zero-padded blocks of |l| = 0 ... order, the mean over both signs, from what `block_of` some modes."""
-    size = modes.order // 2 + 1
+    size = modes.block_size
     blocks = []
     for l in range(modes.order + 1):
         both = [block_of(np.flatnonzero(modes.l == sign * l)) for sign in ((1, -1) if l else (1,))]

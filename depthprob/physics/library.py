@@ -5,6 +5,7 @@ laterally, so one set of some fifteen images serves all atom numbers and all dep
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,7 @@ from .detector import AnnularDetector
 from .electron import wavelength
 from .gram import (
     ColumnGram,
+    DiscModes,
     Modes,
     Sweep,
     bessel,
@@ -32,6 +34,7 @@ from .gram import (
     default_sampling,
     has_full_symmetry,
     laguerre_gauss_modes,
+    legendre_nodes,
     mirrored,
     mode_spectra,
     prepare_sweep,
@@ -43,6 +46,7 @@ from .optics import Microscope, aberration_phase
 from .specimen import Column, rms_from_debye_waller_b
 
 LARGEST = 2e9  # bytes of Gram matrices that are no blocks
+CLOSED_FORM_ERROR = 0.01  # Å of depth; finer grids move none by more, from 1 to 24 atoms of gold
 CHEAP_ANGLE, CHEAP_CELL = 0.78, 0.71  # band limit over outer angle, and cell over accurate cell, of the cheap sweep
 
 
@@ -58,7 +62,7 @@ class ColumnLibrary(eqx.Module):
     cross_section : (n_max,)
         Integral of the fraction over the image [Å^2].
     depth_error : (n_max,)
-        Monte-Carlo standard deviation of a depth fitted with this library [Å], from the spread of independent scramblings.
+        Standard deviation of a depth fitted with this library [Å]: numerical, or Monte-Carlo from the spread of independent scramblings.
     centre : (n_max,)
         Centre of mass of each column in the frame of the sweep that made it [Å].
     """
@@ -154,7 +158,7 @@ def is_round(microscope: Microscope) -> bool:
     return not any(value for name, value in microscope.aberrations.items() if name.startswith("C") and name.removesuffix("_A") != "C50")
 
 
-def column_profiles(grams: np.ndarray, modes: Modes, microscope: Microscope, plane: np.ndarray, end: float) -> Profiles:
+def column_profiles(grams: np.ndarray, modes: Modes | DiscModes, microscope: Microscope, plane: np.ndarray, end: float) -> Profiles:
     """Radial images out to `end` Å for each Gram matrix with the crossover in each plane, as `column_images`; round lenses only.
 
     I(r) = sum_l A_l* G^l A_l, A_pl(r) = 2 pi i^-l int chi_pl(k) a(k) J_l(2 pi k r) k dk, by Gauss-Legendre quadrature in complex128; a
@@ -186,12 +190,6 @@ def column_profiles(grams: np.ndarray, modes: Modes, microscope: Microscope, pla
     return Profiles(np.einsum("gznr,n->gzr", values, share / share.sum()), r, 2 * np.pi * r * w_r)
 
 
-def legendre_nodes(end: float, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Legendre nodes and weights on (0, end)."""
-    x, w = np.polynomial.legendre.leggauss(n)
-    return (x + 1) / 2 * end, w / 2 * end
-
-
 def images_of_profiles(values: np.ndarray, profiles: Profiles, microscope: Microscope, cell: float, size: int) -> np.ndarray:
     """Radial functions (..., r) as images (..., size, size) on a periodic cell, centred on pixel (0, 0), with the source's width."""
     aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(microscope.energy))
@@ -207,7 +205,7 @@ def images_of_profiles(values: np.ndarray, profiles: Profiles, microscope: Micro
 
 
 def column_images(
-    grams: np.ndarray, modes: Modes, microscope: Microscope, plane: np.ndarray, cell: float, size: int
+    grams: np.ndarray, modes: Modes | DiscModes, microscope: Microscope, plane: np.ndarray, cell: float, size: int
 ) -> Float[np.ndarray, "gram z y x"]:
     """Fraction of the beam for each Gram matrix with the probe's crossover in each plane, on a periodic cell.
 
@@ -231,7 +229,7 @@ def column_images(
 
 
 def plane_wave_images(
-    grams: np.ndarray, modes: Modes, microscope: Microscope, plane: np.ndarray, cell: float, size: int
+    grams: np.ndarray, modes: Modes | DiscModes, microscope: Microscope, plane: np.ndarray, cell: float, size: int
 ) -> Float[np.ndarray, "gram z y x"]:
     """`column_images` for any aberrations, in the precision of `grams`; also of whole matrices (m, mode, mode), as from `sweep_atoms`.
 
@@ -368,7 +366,7 @@ def _measurement(source: ColumnGram, microscope: Microscope, cell: float, size: 
 
         return measure, np.full(size**2, (cell / size) ** 2), lambda basis: basis.reshape(-1, size, size)
     end = cell
-    one = column_profiles(np.zeros((1, modes.order + 1, modes.order // 2 + 1, modes.order // 2 + 1)), modes, microscope, np.zeros(1), end)
+    one = column_profiles(np.zeros((1, modes.order + 1, modes.block_size, modes.block_size)), modes, microscope, np.zeros(1), end)
     aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(microscope.energy))
     q, w_q = legendre_nodes(2 * aperture, int(10 * aperture * end) + 40)
     s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
@@ -398,12 +396,14 @@ def _low_rank(flat: np.ndarray, tolerance: float, area: np.ndarray) -> tuple[np.
 
 
 def depth_error(source: ColumnGram, measure: Callable, images: np.ndarray, area: np.ndarray, plane: np.ndarray) -> np.ndarray:
-    """Monte-Carlo sd of the depth that this library gives, per atom number [Å].
+    """Sd of the depth that this library gives, per atom number [Å]: its Monte-Carlo error, or `CLOSED_FORM_ERROR`.
 
     The step of a Poisson-weighted fit from each scrambling's images to the mean's (n, z, point), amplitude profiled out; sd of the steps
     over the root of the number of scramblings. Foci every 20 Å within 200 Å. `measure` and `area` as of `_measurement`.
     """
     scramblings = source.blocks.shape[0]
+    if source.configurations == math.inf:
+        return np.full(source.n_max, CLOSED_FORM_ERROR)
     if scramblings < 2:
         return np.full(source.n_max, np.nan)
     stride = max(1, round(20.0 / (plane[1] - plane[0])))
@@ -493,7 +493,7 @@ def build_gram(
     accurate = prepare(sampling, cell)
     cheap = prepare(max(sampling, required_sampling(energy, CHEAP_ANGLE * detector.outermost)), CHEAP_CELL * cell)
     one = jax.jit(sweep_whole if is_whole else lambda u, sweep: sweep_column(u, sweep, modes))
-    size = (len(modes.l),) * 2 if is_whole else (modes.order + 1, *(modes.order // 2 + 1,) * 2)
+    size = (len(modes.l),) * 2 if is_whole else (modes.order + 1, *(modes.block_size,) * 2)
     sums = np.zeros((scramblings, column.n_atoms, *size), np.complex128)
     settings = repr((column, energy, convergence_angle, detector.record, configurations, corrections, seed, parametrization, sampling, reach, cell))
     done = 0
@@ -561,6 +561,6 @@ def _save(path, module) -> None:
 
 def _load(path, cls):
     with np.load(path, allow_pickle=False) as saved:
-        values = {f: saved[f.name] for f in dataclasses.fields(cls) if f.name in saved or f.default is dataclasses.MISSING}
+        values = {f: saved[f.name] for f in dataclasses.fields(cls) if f.name in saved or (f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)}
     static = lambda v: tuple(v.tolist()) if v.ndim else v.item()
     return cls(**{f.name: static(v) if f.metadata.get("static") else v for f, v in values.items()})

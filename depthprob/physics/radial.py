@@ -69,8 +69,8 @@ def projected_potential(element: str, r: np.ndarray, parametrization: str = "lob
     return POTENTIAL_PER_SCATTERING_FACTOR * total
 
 
-def _panels(edges, counts) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Legendre nodes and weights, panel by panel."""
+def gauss_panels(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights, panel by panel between `edges`, so many in each."""
     nodes, weights = [], []
     for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True):
         x, w = np.polynomial.legendre.leggauss(int(n))
@@ -134,9 +134,9 @@ def _grids(column, energy, aperture, edges, modes, parametrization, range_of_pot
     extent = range_of_potential + lam * k_max * column.spacing * (column.n_atoms - 1)
     per_k = 2 * extent * oversampling
     edges = np.append(edges, k_max)
-    k, w_k = _panels(edges, np.ceil(np.diff(edges) * per_k) + 10)
+    k, w_k = gauss_panels(edges, np.ceil(np.diff(edges) * per_k) + 10)
     r_edges = np.array([0, 0.03, 0.12, 0.4, 1.2, range_of_potential])
-    r, w_r = _panels(r_edges, np.ceil(np.diff(r_edges) * 4 * k_max * oversampling) + np.array([12, 16, 16, 12, 12]))
+    r, w_r = gauss_panels(r_edges, np.ceil(np.diff(r_edges) * 4 * k_max * oversampling) + np.array([12, 16, 16, 12, 12]))
 
     incident = np.zeros((modes.order + 1, modes.order // 2 + 1, len(k)), complex)
     for l in range(modes.order + 1):
@@ -144,7 +144,7 @@ def _grids(column, energy, aperture, edges, modes, parametrization, range_of_pot
         incident[l, : len(radial)] = radial * np.sqrt(2 * np.pi * k * w_k)
 
     grid_weight = 2 * np.pi * np.sqrt(np.outer(r * w_r, k * w_k))
-    harmonics, share = _thermal_scattering(column, energy, r, parametrization, thermal_nodes)
+    harmonics, share = thermal_scattering(column, energy, r, parametrization, thermal_nodes)
     mean = np.tensordot(share, harmonics[:, 0], 1)
     strength = (abs(harmonics) ** 2 * (r * w_r)).sum(-1).max(0)
     n_m = int(np.flatnonzero(strength > 1e-9 * strength.max())[-1]) + 1
@@ -177,7 +177,7 @@ def radial_modes(modes: Modes, l: int, k: np.ndarray) -> Complex[np.ndarray, "p 
     return mode_spectra(modes._replace(p=modes.p[at], l=modes.l[at]), k, np.zeros_like(k))
 
 
-def _thermal_scattering(column: Column, energy: float, r: np.ndarray, parametrization: str, nodes: int, angles: int = 512):
+def thermal_scattering(column: Column, energy: float, r: np.ndarray, parametrization: str, nodes: int, angles: int = 512):
     """Angular harmonics (s, m, r) of exp(i sigma V) - 1 of an atom displaced by radius s, and the probability of each s (s,)."""
     u = float(rms_from_debye_waller_b(column.debye_waller_b))
     x, share = np.polynomial.laguerre.laggauss(nodes)

@@ -1,0 +1,282 @@
+"""The mean over thermal motion of an isolated column, in closed form: all frozen-phonon configurations at once.
+
+What a detector records is a quadratic form of the wave, <psi| G |psi>. Behind the column G is the detector itself, diagonal in
+frequency. Seen from above, free flight turns it into P* G P, and an atom displaced by u into t(u)* G t(u), whose mean over u is the
+product of G, point by point in (r, r'), with the atom's mutual coherence <t*(r - u) t(r' - u)>. Atoms move independently (Einstein),
+so the mean over all their displacements is these steps one after the other: one pass from the detector up the column gives every atom
+number, with elastic and diffuse scattering of diffuse electrons, and no random number.
+
+Mean and detector are round, so G is a matrix over one radius, or one frequency, for each angular momentum l, and the point-by-point
+product acts at each angle between r and r'. Coherence differs from the product of mean transmissions only within `CORE` of the atom.
+What G gains beyond the bare detector is kept within a disc: waves that come in from further out than the incident ones do not exist.
+
+Everything is float64 and complex128: bounds on single atoms rest on differences between almost equal images.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Complex, Float
+
+from .detector import AnnularDetector
+from .electron import wavelength
+from .gram import ColumnGram, DiscModes, Modes, bessel, complete_disc_modes, default_reach, disc_modes, require_full_symmetry
+from .radial import gauss_panels, radial_modes, thermal_scattering
+from .specimen import Column
+
+FAINTEST = 1e-8  # of the strongest incident wave's signal, below which waves are left out of a library
+CORE = 0.9  # Å; the diffuse scattering of gold from further out is under 1e-3 of it
+POTENTIAL = 4.0  # Å; an atom is neglected beyond
+REACH = 1.0  # Å beyond `default_reach` at which incident waves matter: the potential's tail
+MARGIN = 1.5  # Å from the outermost incident ray to the absorbing edge of the disc
+EDGE = 6.0  # width of that edge times the frequency between aperture and detector: a sharper one scatters incident waves into the detector
+
+
+class AtomChannel(NamedTuple):
+    """What one vibrating atom does to a quadratic form of the wave. Waves carry the root of their quadrature weight.
+
+    Attributes
+    ----------
+    k, weight : (k,)
+        Frequencies [1/Å], and the roots of their areas [1/Å].
+    detected : (k,)
+        The detector's form: its sensitivity at each frequency.
+    transmitted : (l, k, k) complex
+        Edge of the disc, then mean transmission of the atom.
+    gained : (l, k, k) complex
+        What an atom above the bare detector adds to its form.
+    core : (l, r, k)
+        Hankel transforms to radii within `CORE`.
+    coherence : (angle, r, r) complex
+        Mutual coherence of the transmission, less the product of its means, at angles between the two points.
+    cosine : (angle, l)
+        From angular momenta (both signs together) to these angles.
+    rate : (k,)
+        Phase that a wave gains per Å of flight, -pi wavelength k^2 [1/Å].
+    """
+
+    k: np.ndarray
+    weight: np.ndarray
+    detected: np.ndarray
+    transmitted: np.ndarray
+    gained: np.ndarray
+    core: np.ndarray
+    coherence: np.ndarray
+    cosine: np.ndarray
+    rate: np.ndarray
+
+
+def prepare_channel(
+    column: Column,
+    energy: float,
+    aperture: float,
+    detector: AnnularDetector,
+    parametrization: str = "lobato",
+    oversampling: float = 1.15,
+    thermal_nodes: int = 12,
+    margin: float = MARGIN,
+    edge_turns: float = EDGE,
+    core: float = CORE,
+) -> AtomChannel:
+    """Grids and operators for columns up to `column`, under a round detector.
+
+    Parameters
+    ----------
+    aperture : float
+        Largest incident frequency [1/Å].
+    oversampling : float
+        Nodes in frequency and radius over Nyquist's number.
+    thermal_nodes : int
+        Gauss-Laguerre nodes of the radius of the thermal displacement.
+    margin, edge_turns, core : float
+        As `MARGIN`, `EDGE` and `CORE`.
+
+    Raises
+    ------
+    InputError
+        For a tilted column, or a detector that is not round.
+    """
+    require_full_symmetry(column, detector, "the closed thermal average")
+    lam = float(wavelength(energy))
+    angles = np.unique([0.0, aperture, *(np.array(detector.edges) * 1e-3 / lam)])
+    k_max = 1.3 * (angles[-1] + aperture)  # as far as an atom must scatter for 0.1 % of the signal
+    angles = np.append(angles, k_max)
+    edge = max(default_reach(column, 1e3 * lam * aperture) + lam * aperture * column.spacing * (column.n_atoms - 1) / 2, POTENTIAL) + margin
+    disc = edge + float(np.clip(edge_turns / abs(min(detector.edges) * 1e-3 / lam - aperture + 1e-9), 3.0, 8.0))
+    k, w_k = gauss_panels(angles, np.ceil(np.diff(angles) * 2 * (disc + 1.0) * oversampling) + 10)
+    weight = np.sqrt(2 * np.pi * k * w_k)
+
+    def to_radii(edges, extra, orders):
+        r, w = gauss_panels(edges, np.ceil(np.diff(edges) * 4 * k_max * oversampling) + extra)
+        return r, bessel(orders, 2 * np.pi * np.outer(r, k)) * np.outer(np.sqrt(2 * np.pi * r * w), weight)
+
+    orders = max(incident_disc(column, energy, aperture).order, math.ceil(2 * np.pi * k_max * core * 0.9))
+    r, hankel = to_radii(np.array([0, 0.03, 0.12, 0.4, core, POTENTIAL]), np.array([12, 16, 16, 12, 12]), orders)
+    far, outwards = to_radii(np.array([edge, disc, disc * 1.3]), 12, orders)
+    harmonics, share = thermal_scattering(column, energy, r, parametrization, thermal_nodes)
+    mean = np.tensordot(share, harmonics[:, 0], 1)
+
+    inside = r < core
+    near = harmonics[:, :, inside]
+    angle = np.pi * (np.arange(2 * orders + 20) + 0.5) / (2 * orders + 20)
+    m = np.arange(near.shape[1])
+    correlated = np.einsum("s,smr,smq->mrq", share, near.conj(), near, optimize=True)
+    correlated[0] -= np.outer(mean[inside].conj(), mean[inside])
+    both_signs = lambda m: np.where(m > 0, 2.0, 1.0) * np.cos(np.outer(angle, m))
+    channel = AtomChannel(
+        k=k,
+        weight=weight,
+        detected=detector.sensitivity(k * 1e3 * lam, np.zeros_like(k)),
+        transmitted=np.zeros(0),
+        gained=np.zeros(0),
+        core=hankel[:, inside],
+        coherence=np.tensordot(both_signs(m), correlated, 1),
+        cosine=both_signs(np.arange(orders + 1)),
+        rate=-np.pi * lam * k**2,
+    )
+    absorbed = np.where(far < disc, np.sin(np.pi / 2 * np.clip((far - edge) / (disc - edge), 0, 1)) ** 2, 1.0)
+    kept = np.eye(len(k)) - (outwards.swapaxes(1, 2) * absorbed) @ outwards
+    atom = np.eye(len(k)) + (hankel.swapaxes(1, 2) * mean) @ hankel
+    bare = np.broadcast_to(np.diag(channel.detected), atom.shape)
+    gained = _conjugate(bare, atom) - bare + _diffuse(bare, channel)
+    return channel._replace(transmitted=atom @ kept, gained=_conjugate(gained, kept))
+
+
+def incident_disc(column: Column, energy: float, aperture: float, reach: float = REACH) -> DiscModes:
+    """All incident waves that can meet an atom, in the plane of the middle of the column."""
+    angle = 1e3 * aperture * float(wavelength(energy))
+    return complete_disc_modes(default_reach(column, angle) + reach, aperture)
+
+
+def _conjugate(form: np.ndarray, operator: np.ndarray) -> np.ndarray:
+    return operator.conj().swapaxes(1, 2) @ (form @ operator)
+
+
+def _diffuse(form: np.ndarray, channel: AtomChannel) -> np.ndarray:
+    """Point-by-point product of a form with the atom's coherence, at the angles between two points and back."""
+    n_l, n_r = channel.core.shape[:2]
+    lift = channel.core.swapaxes(1, 2)
+    here = (channel.core @ form @ lift).reshape(n_l, -1)
+    at_angles = (channel.cosine @ here).reshape(-1, n_r, n_r) * channel.coherence
+    back = np.where(np.arange(n_l) > 0, 0.5, 1.0)[:, None] * channel.cosine.T / len(channel.cosine)
+    return lift @ (back @ at_angles.reshape(len(channel.cosine), -1)).reshape(n_l, n_r, n_r) @ channel.core
+
+
+def scattered(form: Complex[np.ndarray, "l k k"], channel: AtomChannel) -> Complex[np.ndarray, "l k k"]:
+    """A form as seen from above an atom; linear: what the atom makes of the bare detector is `channel.gained`."""
+    return _conjugate(form, channel.transmitted) + _diffuse(form, channel)
+
+
+def flown(form: Complex[np.ndarray, "l k k"], distance: float, channel: AtomChannel) -> Complex[np.ndarray, "l k k"]:
+    """A form as seen from `distance` [Å] above."""
+    phase = np.exp(1j * channel.rate * distance)
+    return phase.conj()[:, None] * form * phase
+
+
+def by_distance(form: Complex[np.ndarray, "l k k"], channel: AtomChannel) -> Complex[np.ndarray, "l k k"]:
+    """Derivative of `flown` by distance at zero [1/Å]."""
+    return 1j * (channel.rate - channel.rate[:, None]) * form
+
+
+def incident_modes(modes: Modes | DiscModes, channel: AtomChannel) -> Complex[np.ndarray, "l p k"]:
+    """The modes in their own plane, zero-padded to blocks."""
+    waves = np.zeros((modes.order + 1, modes.block_size, len(channel.k)), complex)
+    for l in range(modes.order + 1):
+        radial = radial_modes(modes, l, channel.k)
+        waves[l, : len(radial)] = radial * channel.weight
+    return waves
+
+
+def in_modes(form: Complex[np.ndarray, "l k k"], waves: Complex[np.ndarray, "l p k"]) -> Complex[np.ndarray, "l p p"]:
+    """Gram blocks of incident waves."""
+    return waves.conj() @ form[: len(waves)] @ waves.swapaxes(1, 2)
+
+
+def thermal_gram(
+    column: Column,
+    energy: float,
+    convergence_angle: float,
+    detector: AnnularDetector,
+    parametrization: str = "lobato",
+    progress: Callable = lambda items, **_: items,
+    **accuracy,
+) -> ColumnGram:
+    """Gram matrices of isolated columns of 1 to column.n_atoms atoms, thermal motion averaged in closed form, one scrambling.
+
+    Parameters
+    ----------
+    energy, convergence_angle : float
+        [eV], [mrad].
+    accuracy
+        As for `prepare_channel`.
+    """
+    aperture = convergence_angle * 1e-3 / float(wavelength(energy))
+    modes = incident_disc(column, energy, aperture)
+    channel = prepare_channel(column, energy, aperture, detector, parametrization, **accuracy)
+    top = -(column.n_atoms - 1) / 2 * float(column.spacing)
+    waves = incident_modes(modes, channel) * np.exp(1j * channel.rate * top)
+    bare = np.diag(channel.detected)
+    gain, blocks = np.zeros_like(channel.gained), []
+    for _ in progress(range(column.n_atoms), desc="column library", unit="atom"):  # one on top of the others
+        gain = channel.gained + scattered(flown(gain, float(column.spacing), channel), channel)
+        blocks.append(in_modes(gain + bare, waves))
+    blocks, modes = principal_modes(np.stack(blocks), modes)
+    reach = default_reach(column, convergence_angle)
+    return ColumnGram.of(blocks[None], column, energy, aperture, detector, reach, math.inf, parametrization, radial=modes.radial)
+
+
+def principal_modes(blocks: Complex[np.ndarray, "n l p p"], modes: DiscModes, faintest: float = FAINTEST) -> tuple[np.ndarray, DiscModes]:
+    """The few combinations of modes that are seen at all, and the blocks between them: eigenvectors of the mean of all blocks, each by its trace.
+
+    Those with less than `faintest` of the largest eigenvalue are left out.
+    """
+    strength = np.einsum("nlpp->n", blocks).real
+    values, vectors = np.linalg.eigh((blocks / strength[:, None, None, None]).mean(0))
+    order = np.argsort(-abs(values), axis=1)
+    values, vectors = np.take_along_axis(values, order, 1), np.take_along_axis(vectors, order[:, None], 2)
+    seen = abs(values) > faintest * values.max()
+    kept = vectors[seen.any(1), :, : seen.sum(1).max()] * seen[seen.any(1), None, : seen.sum(1).max()]
+    few = kept.conj().swapaxes(1, 2) @ blocks[:, seen.any(1)] @ kept
+    return few, disc_modes(kept.swapaxes(1, 2) @ modes.radial[seen.any(1)], modes.aperture)
+
+
+def gram_of_depths(depths: Float[np.ndarray, " atom"], channel: AtomChannel, modes: Modes | DiscModes) -> Complex[np.ndarray, "l p p"]:
+    """Gram blocks of one column with atoms at these depths, as in `ColumnGram.blocks`.
+
+    Parameters
+    ----------
+    depths : (atom,)
+        z of each atom [Å] in increasing order; z = 0 is the plane of the modes.
+    """
+    gain = np.zeros_like(channel.gained)
+    for below in np.append(np.diff(depths), 0.0)[::-1]:
+        gain = channel.gained + scattered(flown(gain, float(below), channel), channel)
+    return _of_top(gain + np.diag(channel.detected), depths[0], channel, modes)
+
+
+def _of_top(form: np.ndarray, top: float, channel: AtomChannel, modes: Modes | DiscModes) -> np.ndarray:
+    """Gram blocks of a form seen from the plane z = top [Å] of the first atom."""
+    return in_modes(form, incident_modes(modes, channel) * np.exp(1j * channel.rate * top))
+
+
+def depth_derivatives(
+    depths: Float[np.ndarray, " atom"], channel: AtomChannel, modes: Modes | DiscModes, progress: Callable = lambda items, **_: items
+) -> Complex[np.ndarray, "entry l p p"]:
+    """`gram_of_depths`, then its derivatives by the depth of each atom [1/Å], top atom first; exact.
+
+    An atom moved down is met after a longer and left for a shorter flight: its tangent starts with the derivative of both and goes up the
+    column as the form itself does.
+    """
+    depths = np.asarray(depths, float)
+    forms = [np.zeros_like(channel.gained)]  # the form seen from each atom's plane, then its tangents by the lower atoms, last atom first
+    below = 0.0
+    for i in progress(range(len(depths))[::-1], desc="atoms", unit="atom"):
+        arriving = [flown(form, below, channel) for form in forms]
+        own = -scattered(by_distance(arriving[0], channel), channel)
+        seen = channel.gained + scattered(arriving[0], channel)
+        forms = [seen, *(scattered(tangent, channel) for tangent in arriving[1:]), own + by_distance(seen, channel)]
+        below = depths[i] - (depths[i - 1] if i else 0.0)
+    value, *tangents = forms
+    return np.stack([_of_top(form, depths[0], channel, modes) for form in (value + np.diag(channel.detected), *tangents[::-1])])
