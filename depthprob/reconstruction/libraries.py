@@ -1,5 +1,6 @@
 """Column libraries: packaged, from the user's cache, or built now and kept there."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,16 +15,18 @@ from ..errors import InputError
 from ..io import read_atoms
 from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
-from ..physics.gram import ColumnGram
+from ..physics.gram import ColumnGram, has_full_symmetry
 from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load_gram, save_gram
 from ..physics.optics import Microscope
 from ..physics.radial import absorptive_gram
 from ..physics.specimen import Column
+from ..physics.thermal import thermal_gram
 from .lattice import CrystalColumns, UnitCell, crystal_columns, unit_cell
 
 SCRAMBLINGS = 8  # fewer make no depth error one can trust
+LENGTHS = (3, 6, 12, 24, 48)  # atoms of columns that libraries are built for
 MARGIN = 60.0  # Å that depths may lie beyond the foci
-FORMAT = 2  # of the files in the cache
+FORMAT = 3  # of the files in the cache
 
 
 def cache_folder() -> Path:
@@ -78,7 +81,11 @@ def gram_of(
     progress: Callable,
     scramblings: int = SCRAMBLINGS,
 ) -> ColumnGram:
-    """The Gram matrix of columns up to column.n_atoms: packaged (however many configurations it has), from the cache, or built now and kept."""
+    """The Gram matrix of columns up to column.n_atoms: packaged, from the cache, or built now and kept.
+
+    Frozen phonons are averaged in closed form where column and detector are round about the beam; `configurations`, `seed`, `sampling` and
+    `scramblings` are of the Monte-Carlo mean, the only way for a tilted column or a detector that is not round.
+    """
     energy, angle = float(microscope.energy), float(microscope.convergence_angle)
     if model == "absorptive":
         return absorptive_gram(column, energy, angle, detector, parametrization)
@@ -91,27 +98,27 @@ def gram_of(
         "tilt": column.tilt,
         **detector.record,
     }
-    if sampling is None:
+    is_round = has_full_symmetry(column, detector)
+    if is_round:
         for packaged in resources.files("depthprob.data").iterdir():
             if packaged.name.startswith("gram_"):
                 with resources.as_file(packaged) as path:
                     gram = load_gram(path)
                 if _serves(gram, wanted, angle, column.n_atoms):
-                    return gram
+                    return gram.first(column.n_atoms)
+    # one pass gives all atom numbers, so a few lengths serve everyone
+    longest = next((n for n in LENGTHS if n >= column.n_atoms), column.n_atoms) if is_round else column.n_atoms
     per_scrambling = max(1, configurations // scramblings)
-    wanted |= {
-        "angle": angle,
-        "n_max": column.n_atoms,
-        "scramblings": scramblings,
-        "configurations": per_scrambling,
-        "seed": seed,
-        "sampling": sampling,
-        "format": FORMAT,
-    }
-    named = {k: v for k, v in wanted.items() if v not in ("", (0.0, 0.0))}  # files older than these settings keep their names
-    path = cache_folder() / f"gram_{_checksum(json.dumps(named, sort_keys=True).encode())}.npz"
+    wanted |= {"angle": angle, "n_max": longest, "format": FORMAT}
+    if not is_round:
+        wanted |= {"scramblings": scramblings, "configurations": per_scrambling, "seed": seed, "sampling": sampling}
+    path = cache_folder() / f"gram_{_checksum(json.dumps(wanted, sort_keys=True).encode())}.npz"
     if path.exists():
-        return load_gram(path)
+        return load_gram(path).first(column.n_atoms)
+    if is_round:
+        gram = thermal_gram(dataclasses.replace(column, n_atoms=longest), energy, angle, detector, parametrization, progress)
+        save_gram(path, gram)
+        return gram.first(column.n_atoms)
     checkpoint = path.with_suffix(".partial.npz")
     gram = build_gram(column, energy, angle, detector, per_scrambling, scramblings, seed, parametrization, checkpoint, progress, sampling)
     save_gram(path, gram)
@@ -133,7 +140,7 @@ def library_name(microscope: Microscope, z_range: tuple[float, float], gram: Col
     """File name that tells the lens and foci of a library, and the Gram matrix it came from."""
     m = microscope
     lens = [float(v) for v in (m.energy, m.convergence_angle, m.source_fwhm, m.focal_spread, m.spherical_aberration)]
-    text = json.dumps([lens, {k: float(v) for k, v in sorted(m.aberrations.items())}, list(z_range), _checksum(np.ascontiguousarray(gram.blocks).tobytes()), FORMAT])
+    text = json.dumps([lens, {k: float(v) for k, v in sorted(m.aberrations.items())}, list(z_range), gram.longest, _checksum(np.ascontiguousarray(gram.blocks).tobytes()), FORMAT])
     return f"library_{_checksum(text.encode())}.npz"
 
 
@@ -228,12 +235,13 @@ def library_for(config: Config, n_max: int, progress: Callable) -> ColumnLibrary
 
 
 def atoms_needed(config: Config, volumes: np.ndarray, progress: Callable) -> int:
-    """Largest atom number a library must hold for these cross-sections [Å^2], from one thermal configuration of growing columns."""
+    """Largest atom number a library must hold for these cross-sections [Å^2], from growing columns; one thermal configuration where there is no closed form."""
     if config.inference.max_atoms:
         return config.inference.max_atoms
     largest = 1.15 * np.max(volumes)
     for n_max in (12, 24, 48):
-        try_first = gram_for(config, n_max, progress, scramblings=1, configurations=1) if n_max > 12 else gram_for(config, 12, progress)
+        round_or_short = n_max == 12 or has_full_symmetry(column_of(config, n_max), detector_of(config))
+        try_first = gram_for(config, n_max, progress) if round_or_short else gram_for(config, n_max, progress, scramblings=1, configurations=1)
         library = library_from_gram(try_first, microscope_of(config), (-20.0, 20.0), z_step=20.0)
         if library.cross_section[-1] > largest:
             return max(12, int(np.searchsorted(library.cross_section, largest)) + 2)
