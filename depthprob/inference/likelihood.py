@@ -51,6 +51,7 @@ class Problem(eqx.Module):
     start: dict
     read_variance: jax.Array
     free: tuple[str, ...] = eqx.field(static=True)
+    prior_sd: dict = eqx.field(default_factory=lambda: dict(PRIOR_SD))
 
 
 class Mode(NamedTuple):
@@ -118,10 +119,12 @@ def make_problem(
     mask: np.ndarray | None = None,
     read_variance: float = 0.0,
     dense: bool = True,
+    prior_sd: dict | None = None,
 ) -> Problem:
     """Gather a stack (F, ny, nx) [e/pixel], a starting field, what is free and the variance of read noise [e^2]; masked pixels (False) are not used.
 
-    Without `dense` only the functions of `local` take the result.
+    Without `dense` only the functions of `local` take the result. `prior_sd` replaces entries of `PRIOR_SD`; one for "log_background"
+    replaces its Gamma prior by a normal one.
     """
     shifts = np.asarray(field.image_shifts, float)
     start = {
@@ -140,7 +143,7 @@ def make_problem(
     used = np.ones(np.shape(counts), bool) if mask is None else mask
     return Problem(
         jnp.asarray(counts, jnp.float32), library, series, renderer(library, series) if dense else None, jnp.asarray(field.n_atoms), jnp.asarray(used), start,
-        jnp.asarray(float(read_variance)), free_parameters(free),
+        jnp.asarray(float(read_variance)), free_parameters(free), prior_sd=PRIOR_SD | (prior_sd or {}),
     )
 
 
@@ -176,19 +179,19 @@ MEAN_SHIFT_SD = 1e-3  # Å; fixes the gauge
 
 
 def log_prior(parameters: dict, problem: Problem) -> jax.Array:
-    """Weak normal priors about the start (`PRIOR_SD`), a Gamma prior for the background, and the gauge.
+    """Weak normal priors about the start (`Problem.prior_sd`), a Gamma prior for the background, and the gauge.
 
-    Depths have a normal prior of 100 Å about zero. Background has the improper Gamma density b^(BACKGROUND_SHAPE - 1), worth that many
+    Depths have their normal prior about zero. Background has the improper Gamma density b^(BACKGROUND_SHAPE - 1), worth that many
     electrons in a whole image: nothing beside the signal, but it keeps the logarithm's posterior close to normal when b is zero.
     """
     total = 0.0
     for name in problem.free:
         value = parameters[name]
-        if name == "log_background":
+        if name not in problem.prior_sd:  # log_background
             total = total + BACKGROUND_SHAPE * jnp.sum(value)
         else:
             centre = 0.0 if name == "depth" else problem.start[name]
-            total = total - jnp.sum((value - centre) ** 2) / (2 * PRIOR_SD[name] ** 2)
+            total = total - jnp.sum((value - centre) ** 2) / (2 * problem.prior_sd[name] ** 2)
     for name in ("shift_x", "shift_y"):
         if name in problem.free:
             total = total - jnp.mean(parameters[name]) ** 2 / (2 * MEAN_SHIFT_SD**2)
@@ -265,11 +268,16 @@ def fisher_and_score(parameters: dict, problem: Problem, progress=lambda items, 
     return fisher[np.ix_(keep, keep)], score[keep]
 
 
+def prior_curvature(problem: Problem) -> np.ndarray:
+    """Curvature of each free parameter's own log-prior (P,); of a Gamma prior `BACKGROUND_SHAPE`, its value at the mode."""
+    sd = problem.prior_sd
+    return np.array([sd[n] ** -2 if n in sd else BACKGROUND_SHAPE for n, _ in parameter_names(problem)], float)
+
+
 def prior_precision(problem: Problem) -> np.ndarray:
-    """Curvature of the log-prior over the free parameters (P, P); for log background `BACKGROUND_SHAPE`, its value at the mode."""
+    """Curvature of the log-prior over the free parameters (P, P), the gauge included."""
     names = parameter_names(problem)
-    diagonal = np.array([BACKGROUND_SHAPE if n == "log_background" else PRIOR_SD[n] ** -2 for n, _ in names])
-    precision = np.diag(diagonal)
+    precision = np.diag(prior_curvature(problem))
     for name in ("shift_x", "shift_y"):
         chosen = np.array([i for i, (n, _) in enumerate(names) if n == name], int)
         if len(chosen):
@@ -293,6 +301,17 @@ def from_vector(vector, problem: Problem) -> dict:
     return parameters
 
 
+@jax.jit
+def objective(vector: jax.Array, problem: Problem) -> jax.Array:
+    """Log-posterior of the free parameters as a vector; compiled once for all problems of one shape."""
+    return log_posterior(from_vector(vector, problem), problem)
+
+
+@jax.jit
+def prior_slope(vector: jax.Array, problem: Problem) -> jax.Array:
+    """Gradient of the log-prior by the free parameters (P,)."""
+    return jax.grad(lambda v: log_prior(from_vector(v, problem), problem))(vector)
+
 
 def maximum(problem: Problem, progress=lambda items, **_: items) -> Estimate:
     """Joint maximum of likelihood times weak priors, with its covariance."""
@@ -312,27 +331,25 @@ def find_mode(problem: Problem, progress=lambda items, **_: items, close: float 
 
     Starts with a scan of one depth common to all columns, then scores until no step exceeds `close` standard deviations. `before` is for `local` alone.
     """
-    objective = jax.jit(lambda v: log_posterior(from_vector(v, problem), problem))
-    gradient_prior = jax.jit(jax.grad(lambda v: log_prior(from_vector(v, problem), problem)))
     precision = prior_precision(problem)
     base = to_vector(problem.start, problem)
     n_columns = len(problem.n_atoms)
     best = max(
         (np.concatenate([base[:n_columns] + d, base[n_columns:]]) for d in ([0.0] if np.any(base[:n_columns]) else np.arange(-60, 61, 10.0))),
-        key=lambda v: float(objective(jnp.asarray(v))),
+        key=lambda v: float(objective(v, problem)),
     )
-    vector, value, damping, converged = best, float(objective(jnp.asarray(best))), 1e-3, False
+    vector, value, damping, converged = best, float(objective(best, problem)), 1e-3, False
     iteration = 0
     for iteration in progress(range(max_iterations), desc="joint fit", unit="step"):
         parameters = from_vector(jnp.asarray(vector), problem)
         fisher, score = fisher_and_score(parameters, problem)
-        score = score + np.asarray(gradient_prior(jnp.asarray(vector)))
+        score = score + np.asarray(prior_slope(vector, problem))
         hessian = fisher + precision
         while True:
             step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), score)
             limit = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in parameter_names(problem)])
             step *= min(1.0, float(np.min(limit / np.maximum(abs(step), 1e-12))))
-            trial = float(objective(jnp.asarray(vector + step)))
+            trial = float(objective(vector + step, problem))
             if trial >= value - 1e-6 or damping > 1e6:
                 break
             damping *= 8

@@ -20,14 +20,12 @@ from ..physics.focal_series import FocalSeries, Renderer, phases, q_squared, to_
 from ..physics.library import ColumnLibrary, at_points, legendre_nodes
 from .arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
 from .likelihood import (
-    BACKGROUND_SHAPE,
     DARKEST,
     GLOBAL,
     LARGEST_STEP,
     MEAN_SHIFT_SD,
     PER_COLUMN,
     PER_IMAGE,
-    PRIOR_SD,
     Amplitudes,
     Estimate,
     Mode,
@@ -37,6 +35,8 @@ from .likelihood import (
     less_mean,
     log_prior,
     parameter_names,
+    prior_curvature,
+    prior_slope,
     to_vector,
 )
 
@@ -604,9 +604,8 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
     """
     parameters = _plain(problem.start)
     names = parameter_names(problem)
-    prior = _prior(problem)
+    prior = prior_curvature(problem)
     limit = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in names])
-    slope = jax.jit(jax.grad(lambda v: log_prior(from_vector(v, problem), problem)))
     if not np.any(parameters["depth"]):
         windows = plan_windows(problem.library, problem.series, np.array([-70.0, 70.0]))
         tried = [parameters | {"depth": parameters["depth"] + d} for d in np.arange(-60, 61, 20.0)]
@@ -621,7 +620,7 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
             matrix = select(information(parameters, problem, windows, current), problem)
             factor = ArrowFactor(plus_diagonal(matrix, prior + damping * _diagonal(matrix), gauge(problem)))
         vector = to_vector(parameters, problem)
-        score = np.concatenate([np.ravel(current.score[n]) for n in problem.free]) + np.asarray(slope(jnp.asarray(vector)))
+        score = np.concatenate([np.ravel(current.score[n]) for n in problem.free]) + np.asarray(prior_slope(vector, problem))
         newton = factor.solve(score)
         step = np.clip(newton, -limit, limit)
         trial = _plain(from_vector(vector + step, problem))
@@ -644,12 +643,8 @@ def estimate_at(mode: Mode, problem: Problem, progress: Callable = lambda items,
     windows = plan_windows(problem.library, problem.series, np.asarray(mode.parameters["depth"]))
     current = evaluate(mode.parameters, problem, windows)
     matrix = select(information(mode.parameters, problem, windows, current, progress=progress), problem)
-    factor = ArrowFactor(plus_diagonal(matrix, _prior(problem), gauge(problem)))
+    factor = ArrowFactor(plus_diagonal(matrix, prior_curvature(problem), gauge(problem)))
     return Estimate(mode.parameters, factor.variances(), factor, matrix, parameter_names(problem), mode.log_posterior, mode.iterations, mode.converged)
-
-
-def _prior(problem: Problem) -> np.ndarray:
-    return np.array([BACKGROUND_SHAPE if n == "log_background" else PRIOR_SD[n] ** -2 for n, _ in parameter_names(problem)])
 
 
 def _diagonal(matrix: ArrowMatrix) -> np.ndarray:
