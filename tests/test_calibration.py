@@ -1,0 +1,124 @@
+"""Posteriors' error bars: calibration by simulation for every method, and what it catches; the samplers behind them."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from depthprob.inference.calibration import calibrate, draw_truth, uniformity
+from depthprob.inference.likelihood import field_of, make_problem, maximum, to_vector
+from depthprob.inference.posterior import infer
+from depthprob.inference.sampling import Whitened, best_normal
+from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
+from depthprob.plotting import plot_ranks
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+NUISANCES = ("positions", "background", "gain", "image_shifts")
+PRIOR_SD = {"depth": 8.0, "x": 0.1, "y": 0.1, "log_gain": 0.03, "log_background": 0.3, "shift_x": 0.2, "shift_y": 0.2}
+RARELY = 1e-4  # share of right posteriors that the checks below may reject, each; keys are fixed
+
+
+def problem_of(library, images=7, dose=9612.0, **options):
+    """Four columns of a periodic crystal, 2.9 Å apart and overlapping, everything free."""
+    series = FocalSeries(np.linspace(-150, 150, images), 0.34, np.full(images, dose), (24, 12), True)
+    positions = np.array([[0.0, 0.0], [2.04, 2.04], [0.0, 4.08], [2.04, 6.12]]) + 0.7
+    field = Field(positions, np.array([4, 7, 5, 9]), np.zeros(4), np.full(images, 2e-3), np.ones(images), np.zeros((images, 2)))
+    return make_problem(np.zeros((images, 24, 12)), field, library, series, NUISANCES, prior_sd=PRIOR_SD, **options)
+
+
+@pytest.fixture(scope="module")
+def problem(library):
+    return problem_of(library)
+
+
+def sampled(problem, key):
+    """The problem with a Poisson series of a truth from its prior."""
+    truth = draw_truth(jax.random.key(key), problem)
+    rate = np.maximum(np.asarray(expected_counts(field_of(truth, problem.n_atoms), problem.library, problem.series, problem.draw), float), 0)
+    return eqx.tree_at(lambda p: p.counts, problem, jnp.asarray(np.random.default_rng(key).poisson(rate), jnp.float32))
+
+
+def gain_of_three_forgotten(problem):
+    """Three raw units an electron pass for three electrons."""
+    return eqx.tree_at(lambda p: (p.counts, p.series.dose), problem, (3 * problem.counts, 3 * problem.series.dose))
+
+
+def test_the_check_rejects_no_more_right_posteriors_than_it_says():
+    rng = np.random.default_rng(0)
+    p = np.array([uniformity(rng.uniform(size=(12, 4))) for _ in range(500)])
+    for alpha in (0.2, 0.05, 0.01):
+        assert np.mean(p < alpha) < alpha + 3.5 * np.sqrt(alpha * (1 - alpha) / 500)
+
+
+@pytest.mark.parametrize(("method", "fits"), [("laplace", 30), ("svi", 12), ("nuts", 12)])
+def test_ranks_of_the_truth_are_uniform_with_all_nuisances_free(problem, method, fits):
+    found = calibrate(problem, method, jax.random.key(5), fits, draws=49)
+    assert found.failed == 0
+    for name in problem.free:
+        assert uniformity(found.places[name]) > RARELY, name
+    for level in (0.5, 0.8, 0.95):
+        share, error = found.coverage("depth", level)
+        assert abs(share - level) < 4 * max(error, np.sqrt(level * (1 - level) / (4 * fits)))
+
+
+@pytest.mark.parametrize(("method", "fits"), [("laplace", 50), ("nuts", 20)])
+def test_an_overconfident_model_is_caught_by_the_same_check(problem, method, fits):
+    found = calibrate(problem, method, jax.random.key(6), fits, draws=49, mistake=gain_of_three_forgotten)
+    assert uniformity(found.places["depth"]) < 1e-3
+    assert found.coverage("depth", 0.95)[0] < 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dose", [9612.0, 1000.0])
+@pytest.mark.parametrize("method", ["laplace", "svi", "nuts"])
+def test_intervals_cover_at_their_rate_within_binomial_error(library, method, dose):
+    fits = {"laplace": 400, "svi": 100, "nuts": 100}[method]
+    found = calibrate(problem_of(library, 9, dose), method, jax.random.key(7), fits)
+    assert found.failed <= fits // 50
+    for name in found.places:
+        assert uniformity(found.places[name]) > RARELY, name
+    for level in (0.5, 0.8, 0.95):
+        share, error = found.coverage("depth", level)
+        assert abs(share - level) < 3.5 * max(error, np.sqrt(level * (1 - level) / (4 * fits)))
+
+
+def test_an_improper_prior_cannot_be_drawn_from(library, problem):
+    improper = eqx.tree_at(lambda p: p.prior_sd, problem, {k: v for k, v in PRIOR_SD.items() if k != "log_background"})
+    with pytest.raises(ValueError, match="log_background"):
+        draw_truth(jax.random.key(0), improper)
+
+
+def test_the_best_normal_is_found_again_from_a_wrong_start(problem):
+    """Twice too wide and a standard deviation off, it comes back to where Fisher's matrix has it: at this dose the posterior is nearly normal."""
+    own = sampled(problem, 1)
+    estimate = maximum(own)
+    mode, factor = to_vector(estimate.parameters, own), estimate.factor
+    z = np.where(np.arange(len(mode)) % 2, 0.5, -0.5)
+    target = Whitened(own, jnp.asarray(mode + 2 * factor @ z), jnp.asarray(2 * factor))
+    mean, shape, told = best_normal(target, jax.random.key(0))
+    assert told["svi_converged"]
+    assert np.all(abs(2 * (mean + z)) < 0.25)  # the mean is not the mode, where the posterior leans
+    np.testing.assert_allclose(2 * np.sqrt((shape**2).sum(1)), 1.0, rtol=0.08)
+    correlation = 4 * shape @ shape.T
+    assert abs(correlation - np.eye(len(mode))).max() < 0.15
+
+
+def test_svi_and_nuts_agree_in_mean_and_spread(problem):
+    own = sampled(problem, 2)
+    estimate = maximum(own)
+    normal = infer(own, "svi", jax.random.key(1), 2000, 1, estimate=estimate, progress_bar=False)
+    chain = infer(own, "nuts", jax.random.key(2), 600, 2, estimate=estimate, progress_bar=False)
+    assert normal.diagnostics["converged"] and chain.diagnostics["divergences"] == 0
+    a, b = (np.linalg.solve(estimate.factor, r.draws.reshape(-1, len(estimate.names)).T) for r in (normal, chain))
+    error = 1 / np.sqrt(min(2000, chain.diagnostics["ess_min"]))
+    assert np.all(abs(a.mean(1) - b.mean(1)) < 5 * np.sqrt(2) * error)
+    assert np.all(abs(a.std(1) / b.std(1) - 1) < 5 * error)
+
+
+def test_plotted_ranks_stand_beside_the_band_of_a_right_posterior():
+    ax = Figure().subplots()
+    plot_ranks(ax, np.arange(100).reshape(20, 5), 99)
+    assert [bar.get_height() for bar in ax.patches[:10]] == [10] * 10
