@@ -8,7 +8,19 @@ import pytest
 from matplotlib.figure import Figure
 
 from depthprob.inference.calibration import calibrate, draw_truth, uniformity
-from depthprob.inference.likelihood import field_of, make_problem, maximum, to_vector
+from depthprob.inference.likelihood import (
+    column_bounds,
+    dispersion_of,
+    field_of,
+    find_mode,
+    goodness_of_fit,
+    make_problem,
+    maximum,
+    over_dispersed,
+    prior_precision,
+    rates,
+    to_vector,
+)
 from depthprob.inference.posterior import infer
 from depthprob.inference.sampling import Whitened, best_normal
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
@@ -83,6 +95,44 @@ def test_intervals_cover_at_their_rate_within_binomial_error(library, method, do
     for level in (0.5, 0.8, 0.95):
         share, error = found.coverage("depth", level)
         assert abs(share - level) < 3.5 * max(error, np.sqrt(level * (1 - level) / (4 * fits)))
+
+
+def noise_inferred(problem):
+    return over_dispersed(problem, rates(find_mode(problem).parameters, problem))
+
+
+def test_inferred_dispersion_leaves_error_bars_of_poisson_counts_alone(problem):
+    ratios = []
+    for key in range(5):
+        own = sampled(problem, key)
+        estimate = maximum(own)
+        value, sd = dispersion_of(own, rates(estimate.parameters, own))
+        assert abs(value - 1) < 4 * sd < 0.2
+        ratios.append(maximum(noise_inferred(own)).sd("depth") / estimate.sd("depth"))
+    assert np.mean(ratios) < 1.02
+
+
+def test_inferred_dispersion_makes_twice_the_variance_covered_and_without_it_is_caught(problem):
+    held = calibrate(problem, "laplace", jax.random.key(8), 40, draws=49, overdispersion=2.0, mistake=noise_inferred)
+    for name in problem.free:
+        assert uniformity(held.places[name]) > RARELY, name
+    share, error = held.coverage("depth", 0.8)
+    assert abs(share - 0.8) < 4 * error
+    assert uniformity(calibrate(problem, "laplace", jax.random.key(8), 40, draws=49, overdispersion=2.0).places["depth"]) < 1e-3
+
+
+def test_bounds_stay_those_of_poisson_counts_and_the_fit_of_twice_the_variance_is_good(problem):
+    own = sampled(problem, 3)
+    rate = np.asarray(rates(maximum(own).parameters, own))
+    twice = eqx.tree_at(lambda p: p.counts, own, jnp.asarray(2 * np.random.default_rng(1).poisson(np.maximum(rate, 0) / 2), jnp.float32))
+    plain, wide = maximum(twice), maximum(over_dispersed(twice, rate))
+    inferred = over_dispersed(twice, rate)
+    np.testing.assert_allclose(inferred.dispersion, 2.0, rtol=0.15)
+    np.testing.assert_allclose(column_bounds(wide, inferred), column_bounds(plain, twice), rtol=0.01)
+    expected = np.linalg.inv(plain.information / inferred.dispersion + prior_precision(twice))  # priors do not widen with the noise
+    np.testing.assert_allclose(wide.sd("depth"), np.sqrt(np.diag(expected))[:4], rtol=0.01)
+    assert np.all(goodness_of_fit(plain.parameters, twice, rates(plain.parameters, twice)) > 5)
+    assert np.all(abs(goodness_of_fit(wide.parameters, inferred, rates(wide.parameters, inferred))) < 4)
 
 
 def test_an_improper_prior_cannot_be_drawn_from(library, problem):
