@@ -1,11 +1,13 @@
 """Posteriors' error bars: calibration by simulation for every method, and what it catches; the samplers behind them."""
 
+import arviz as az
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from scipy.stats import poisson
 
 from depthprob.inference.calibration import calibrate, draw_truth, uniformity
 from depthprob.inference.likelihood import (
@@ -13,6 +15,7 @@ from depthprob.inference.likelihood import (
     dispersion_of,
     field_of,
     find_mode,
+    from_vector,
     goodness_of_fit,
     make_problem,
     maximum,
@@ -21,8 +24,8 @@ from depthprob.inference.likelihood import (
     rates,
     to_vector,
 )
-from depthprob.inference.posterior import infer
-from depthprob.inference.sampling import Whitened, best_normal
+from depthprob.inference.posterior import infer, to_arviz
+from depthprob.inference.sampling import Whitened, best_normal, nuts
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.plotting import plot_ranks
 
@@ -166,6 +169,83 @@ def test_svi_and_nuts_agree_in_mean_and_spread(problem):
     error = 1 / np.sqrt(min(2000, chain.diagnostics["ess_min"]))
     assert np.all(abs(a.mean(1) - b.mean(1)) < 5 * np.sqrt(2) * error)
     assert np.all(abs(a.std(1) / b.std(1) - 1) < 5 * error)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_interrupted_sampling_ends_bit_by_bit_where_an_undisturbed_run_ends(problem, tmp_path):
+    own = sampled(problem, 4)
+    estimate = maximum(own)
+    target = Whitened(own, jnp.asarray(to_vector(estimate.parameters, own)), jnp.asarray(estimate.factor))
+    run = lambda **options: nuts(target, jax.random.key(9), 35, 2, 20, **options)
+    whole, statistics, _ = run()
+
+    def stop_after(blocks):
+        def progress(items, **_):
+            for k, item in enumerate(items):
+                if k == blocks:
+                    raise Interrupted
+                yield item
+
+        return progress
+
+    path = tmp_path / "state.npz"
+    for blocks, already in ((4, 0), (3, 40)):  # within the first chain; then in the second, of 6 blocks each
+        with pytest.raises(Interrupted):
+            run(checkpoint=path, progress=stop_after(blocks))
+        with np.load(path) as saved:
+            assert len(saved["record_0"]) == already + 10 * blocks
+    resumed, again, told = run(checkpoint=path)
+    assert told["resumed_at_draw"] == 70
+    np.testing.assert_array_equal(resumed, whole)
+    for name in statistics:
+        np.testing.assert_array_equal(again[name], statistics[name])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("fault", ["other key", "damaged"])
+def test_a_state_of_another_run_or_a_damaged_one_is_not_gone_on_from(problem, tmp_path, fault):
+    own = sampled(problem, 4)
+    estimate = maximum(own)
+    target = Whitened(own, jnp.asarray(to_vector(estimate.parameters, own)), jnp.asarray(estimate.factor))
+    path = tmp_path / "state.npz"
+    nuts(target, jax.random.key(9 + (fault == "other key")), 20, 1, 80, path)
+    if fault == "damaged":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    draws, _, told = nuts(target, jax.random.key(9), 20, 1, 80, path)
+    assert told["resumed_at_draw"] == 0
+    np.testing.assert_array_equal(draws, nuts(target, jax.random.key(9), 20, 1, 80)[0])
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")  # four parameters belong to each image alone
+def test_arviz_holds_the_log_likelihood_of_each_image_and_loo_reads_it(problem):
+    own = sampled(problem, 5)
+    posterior = infer(own, "laplace", jax.random.key(0), 50, 2, progress_bar=False)
+    tree = to_arviz(posterior, own)
+    each = tree["log_likelihood"]["mean_counts"]
+    assert each.dims == ("chain", "draw", "image")
+    rate = np.asarray(expected_counts(field_of(from_vector(jnp.asarray(posterior.draws[1, 7]), own), own.n_atoms), own.library, own.series, own.draw), float)
+    expected = poisson.logpmf(np.asarray(own.counts), np.maximum(rate, 1e-6)).sum((1, 2))
+    np.testing.assert_allclose(each[1, 7], expected, rtol=1e-6)
+    assert np.isfinite(float(az.loo(tree).elpd_loo))
+
+
+def test_predicted_counts_carry_read_noise_and_dispersion(problem):
+    own = sampled(problem, 5)
+    noisy = eqx.tree_at(lambda p: (p.read_variance, p.dispersion), own, (jnp.asarray(400.0), 3.0))
+    estimate = maximum(own)
+    spread = []
+    for posed in (own, noisy):
+        tree = to_arviz(infer(posed, "laplace", jax.random.key(0), 100, 1, estimate=estimate, progress_bar=False), posed)
+        spread.append(tree["posterior_predictive"]["mean_counts"].values.var((0, 1)))
+    mean = np.asarray(own.counts).mean((1, 2))
+    pixels = 24 * 12
+    added = (3 * (mean + 400) - mean) / pixels
+    np.testing.assert_allclose((spread[1] - spread[0]).mean(), added.mean(), rtol=0.25)  # 700 variances' mean, sd 6 %, of added noise
 
 
 def test_plotted_ranks_stand_beside_the_band_of_a_right_posterior():

@@ -185,10 +185,15 @@ def per_image(problem: Problem) -> tuple[str, ...]:
 
 def log_likelihood(parameters: dict, problem: Problem) -> jax.Array:
     """Poisson log-likelihood, without the term that depends on the counts alone; rates in float32, the sum in float64 under x64."""
+    return jnp.sum(image_log_likelihoods(parameters, problem))
+
+
+def image_log_likelihoods(parameters: dict, problem: Problem) -> jax.Array:
+    """The same image by image (F,)."""
     rate = jnp.maximum(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw), DARKEST)
     v = problem.read_variance.astype(rate.dtype)
     terms = jnp.where(problem.mask, (problem.counts + v) * jnp.log(rate + v) - rate, 0.0)
-    return jnp.sum(terms, dtype=float) / problem.dispersion
+    return jnp.sum(terms, axis=(1, 2), dtype=float) / problem.dispersion
 
 
 PRIOR_SD = dict.fromkeys(SMOOTH, 0.5) | {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05, "source_variance": 0.05}

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from scipy.special import gammaln
 from tqdm import tqdm
 
 from ..errors import InputError
 from ..physics.focal_series import expected_counts
 from . import local
 from .arrow import ArrowFactor
-from .likelihood import GLOBAL, PER_COLUMN, Estimate, Problem, field_of, from_vector, maximum, to_vector
+from .likelihood import GLOBAL, PER_COLUMN, Estimate, Problem, field_of, from_vector, image_log_likelihoods, maximum, to_vector
 from .sampling import Whitened, best_normal, nuts
 
 LARGE = 200  # columns beyond which fields are fitted window by window
@@ -115,7 +116,8 @@ def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     """ArviZ groups with named dims and units: whatever the installed ArviZ uses (InferenceData, or DataTree since 1.0).
 
     posterior (draws of every free parameter; gain and background as themselves), sample_stats, posterior_predictive (mean counts of
-    each image over draws, for at most 100 of them; of a large field at the mode), observed_data (mean counts of each image), constant_data. With `relative` each draw's depths have mean zero.
+    each image over draws, for at most 100 of them; of a large field at the mode), log_likelihood (of each image, for every draw; not of a large field),
+    observed_data (mean counts of each image), constant_data. With `relative` each draw's depths have mean zero.
     """
     draws = posterior.draws if posterior.draws is not None else to_vector(posterior.estimate.parameters, problem)[None, None]
     names = posterior.estimate.names
@@ -145,8 +147,9 @@ def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     if problem.draw is None:
         mean = np.tile(local.rates(posterior.estimate.parameters, problem).mean((1, 2), dtype=float), (len(chosen), 1))
     else:
-        rate = jax.jit(lambda v: expected_counts(field_of(from_vector(v, problem), problem.n_atoms), problem.library, problem.series, problem.draw).mean((1, 2)))
-        mean = np.asarray(jax.lax.map(rate, jnp.asarray(chosen)), float)
+        mean = np.asarray(_mean_counts(jnp.asarray(chosen), problem), float)
+        each = np.asarray(_log_likelihoods(jnp.asarray(flat), problem)) - _count_terms(problem)
+        groups["log_likelihood"] = xr.Dataset({"mean_counts": (("chain", "draw", "image"), each.reshape(*draws.shape[:2], -1))}, {k: coords[k] for k in ("chain", "draw", "image")})
     n_pixels = np.prod(problem.series.shape)
     rng, pulse = np.random.default_rng(0), float(problem.dispersion)
     predicted = pulse * rng.poisson(mean * n_pixels / pulse) / n_pixels + rng.normal(0, np.sqrt(pulse * float(problem.read_variance) / n_pixels), mean.shape)
@@ -160,6 +163,25 @@ def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     if int(az.__version__.split(".")[0]) < 1:
         return az.InferenceData(**groups)
     return xr.DataTree.from_dict({f"/{k}": v for k, v in groups.items()})
+
+
+@jax.jit
+def _mean_counts(vectors: jax.Array, problem: Problem) -> jax.Array:
+    """Mean expected counts of each image (draw, F)."""
+    one = lambda v: expected_counts(field_of(from_vector(v, problem), problem.n_atoms), problem.library, problem.series, problem.draw).mean((1, 2))
+    return jax.lax.map(one, vectors)
+
+
+@jax.jit
+def _log_likelihoods(vectors: jax.Array, problem: Problem) -> jax.Array:
+    return jax.lax.map(lambda v: image_log_likelihoods(from_vector(v, problem), problem), vectors)
+
+
+def _count_terms(problem: Problem) -> np.ndarray:
+    """What the likelihood leaves out, sum log Gamma(N + v + 1) + v over each image (F,)."""
+    v, pulse = float(problem.read_variance), float(problem.dispersion)
+    terms = gammaln(np.maximum(np.asarray(problem.counts, float) + v, -0.9) + 1) + v
+    return np.where(problem.mask, terms, 0.0).sum((1, 2)) / pulse
 
 
 def write_netcdf(tree, path) -> None:

@@ -142,6 +142,7 @@ def reconstruct(
     method: str | None = None,
     quiet: bool = False,
     truth=None,
+    checkpoint: Path | None = None,
 ) -> Reconstruction:
     """Take a focal series to column depths, atom numbers and atoms.
 
@@ -151,6 +152,8 @@ def reconstruct(
         Counts (F, y, x) as `io.read_stack` returns them.
     library : ColumnLibrary, optional
         Built (or found in the cache) when absent.
+    checkpoint : path, optional
+        Where NUTS keeps its state, and goes on from after an interruption.
 
     Raises
     ------
@@ -245,7 +248,7 @@ def reconstruct(
 
     stages(f"posterior ({method})")
     key = jax.random.key(config.inference.seed)
-    result = infer(problem, method, key, config.inference.samples, config.inference.chains, estimate=estimate, progress_bar=not quiet)
+    result = infer(problem, method, key, config.inference.samples, config.inference.chains, estimate=estimate, progress_bar=not quiet, checkpoint=checkpoint)
     bound = fit.column_bounds(estimate, problem, relative)
     model_sd = np.nan_to_num(library.depth_error[n_now - 1])
     background = np.exp(parameters["log_background"])
@@ -392,8 +395,8 @@ def write(result: Reconstruction, folder: Path) -> None:
     write_report(folder / "report.html", result)
 
 
-def run(stack_path, config: Config, folder, library_path=None, method=None, memory_limit=None, quiet=False) -> None:
-    """Read a stack, reconstruct it and write everything into a folder.
+def run(stack_path, config: Config, folder, library_path=None, method=None, memory_limit=None, quiet=False, checkpoint=None) -> None:
+    """Read a stack, reconstruct it and write everything into a folder. An interrupted NUTS run goes on from its `checkpoint`.
 
     Raises
     ------
@@ -407,7 +410,7 @@ def run(stack_path, config: Config, folder, library_path=None, method=None, memo
     if memory_limit is not None and need > memory_limit:
         raise InputError(f"{name} is {memory_limit:g} GB; this series of {stack.data.shape} needs about {need:.1f} GB. Raise the limit or crop the series.")
     library = ColumnLibrary.load(library_path) if library_path is not None else None
-    write(reconstruct(stack, config, library, method, quiet), Path(folder))
+    write(reconstruct(stack, config, library, method, quiet, checkpoint=checkpoint), Path(folder))
 
 
 def demo(folder, quiet: bool = False) -> None:
