@@ -502,6 +502,27 @@ def rates(parameters: dict, problem: Problem) -> np.ndarray:
     return np.asarray(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw))
 
 
+def leverages(estimate: Estimate, problem: Problem) -> np.ndarray:
+    """What a fit takes off the expected deviance of each pixel (F, ny, nx), of a field with dense matrices; all together less than the number of parameters.
+
+    J C J^T / (n + v), J the pixel's derivatives and C their covariance: with residuals r in standard deviations and H the matrix of these, the
+    fitted rates move by H r, and E[(r - H r)^2 - r^2] = -2 H + H H^T, on the diagonal minus the leverage.
+    """
+    n_columns, n_foci = len(problem.n_atoms), len(problem.series.defocus)
+    place = {item: k for k, item in enumerate(estimate.names)}
+    columns = [(name, c) for name in PER_COLUMN for c in range(n_columns)]
+    out = np.empty((n_foci, *problem.series.shape))
+    for i in range(n_foci):
+        terms = _image_terms(estimate.parameters, problem, i)
+        named = columns + [(name, i) for name in per_image(problem)] + [(name, 0) for name in GLOBAL]
+        rows = [(row, place[item]) for row, item in enumerate(named) if item in place]
+        chosen, at = np.array(rows).T
+        moved = np.asarray(estimate.factor[at].T, np.float32) @ np.concatenate([np.asarray(t) for t in terms[:3]])[chosen]
+        weight = (np.maximum(np.asarray(terms[3]), DARKEST) + float(problem.read_variance)) * float(problem.dispersion)
+        out[i] = ((moved**2).sum(0) / weight).reshape(problem.series.shape)
+    return out
+
+
 class Dispersion(NamedTuple):
     """Variance of the counts over that of Poisson counts (and read noise), and the standard deviation of that estimate if the counts are Poisson's."""
 
@@ -531,12 +552,13 @@ def over_dispersed(problem: Problem, rate: np.ndarray) -> Problem:
     return eqx.tree_at(lambda p: p.dispersion, problem, max(1.0, dispersion_of(problem, rate).value))
 
 
-def goodness_of_fit(parameters: dict, problem: Problem, rate: np.ndarray, radius: float = 1.2) -> np.ndarray:
+def goodness_of_fit(parameters: dict, problem: Problem, rate: np.ndarray, leverage: np.ndarray | None = None, radius: float = 1.2) -> np.ndarray:
     """Misfit near each column to expected counts `rate` (F, ny, nx), standardised by its own null mean and variance (C,): about N(0, 1).
 
     Poisson deviance; counts are far below one in many pixels, so mean and variance of each pixel's deviance are sums over the Poisson
     distribution of its rate rather than those of chi-square. With read noise or dispersion Pearson's statistic, whose moments are exact; of
-    over-dispersed counts those of a number of pulses, each of as many electrons as the dispersion.
+    over-dispersed counts those of a number of pulses, each of as many electrons as the dispersion. A fit follows its noise: without the
+    `leverage` (F, ny, nx) of its pixels what is left looks too good, by about 0.1.
     """
     pulse = float(problem.dispersion)
     variance = float(problem.read_variance) / pulse
@@ -549,6 +571,7 @@ def goodness_of_fit(parameters: dict, problem: Problem, rate: np.ndarray, radius
         own = np.maximum(np.asarray(rate[i], float), DARKEST) / pulse
         counts, used = np.asarray(problem.counts[i], float) / pulse, np.asarray(problem.mask[i])
         excess, var = _pearson(counts, own, variance) if null is None else _deviance(counts, own, null)
+        excess = excess if leverage is None else excess + leverage[i]
         at = np.stack([parameters["x"] + parameters["shift_x"][i], parameters["y"] + parameters["shift_y"][i]], 1)
         nearest = np.round(at / px).astype(int)
         x, y = nearest[:, :1] + near, nearest[:, 1:] + near

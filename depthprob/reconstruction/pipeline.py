@@ -275,7 +275,8 @@ def reconstruct(
     snapped = snap(positions, depth, depth_sd, n_now, geometry, position_sd)
 
     rate = fit.rates(estimate.parameters, problem)
-    fit_quality = goodness_of_fit(estimate.parameters, problem, rate)
+    leverage = likelihood.leverages(estimate, problem) if fit is likelihood else None
+    fit_quality = goodness_of_fit(estimate.parameters, problem, rate, leverage)
     spread = likelihood.dispersion_of(problem, rate)
     poor = np.flatnonzero(fit_quality > 5)
     if len(poor):
