@@ -125,6 +125,22 @@ def test_inferred_dispersion_makes_twice_the_variance_covered_and_without_it_is_
     assert uniformity(calibrate(problem, "laplace", jax.random.key(8), 40, draws=49, overdispersion=2.0).places["depth"]) < 1e-3
 
 
+def test_dispersion_of_poisson_counts_is_one_with_read_noise_masks_and_a_vacuum_of_wrong_rate(problem):
+    rng = np.random.default_rng(2)
+    rate = np.full((7, 24, 12), 30.0)
+    rate[:, 12:] = 0.1
+    counts = rng.poisson(rate) + rng.normal(0, 2.0, rate.shape)
+    mask = np.ones(rate.shape, bool)
+    mask[:, 3] = False
+    counts[:, 3] = 1e4
+    posed = eqx.tree_at(lambda p: (p.counts, p.mask, p.read_variance), problem, (jnp.asarray(counts), jnp.asarray(mask), jnp.asarray(4.0)))
+    value, sd = dispersion_of(posed, rate)
+    assert abs(value - 1) < 4 * sd + 0.05  # its correction for the problem's 40 parameters, none of them fitted here
+    vacuum = eqx.tree_at(lambda p: p.counts, problem, jnp.asarray(rng.poisson(rate / 2) * (rate < 1) + rng.poisson(rate) * (rate > 1)))
+    value, sd = dispersion_of(vacuum, rate)
+    assert abs(value - 1) < 4 * sd + 0.05
+
+
 def test_bounds_stay_those_of_poisson_counts_and_the_fit_of_twice_the_variance_is_good(problem):
     own = sampled(problem, 3)
     rate = np.asarray(rates(maximum(own).parameters, own))

@@ -119,6 +119,8 @@ def test_a_smooth_background_takes_up_a_support_film_that_a_constant_one_does_no
         rate = rates(estimate.parameters, posed)
         quality = goodness_of_fit(estimate.parameters, posed, rate)
     constant, smooth = fits.values()
+    tree = to_arviz(infer(posed, "laplace", samples=5, chains=1, estimate=smooth), posed)
+    assert tree["posterior"]["background_xy"].dims == ("chain", "draw", "image")
     assert smooth.log_posterior > constant.log_posterior + 500
     assert np.all(abs(quality) < 5)
     assert np.all(abs(np.asarray(smooth.parameters["depth"]) - field().depths) < 4 * smooth.sd("depth"))

@@ -533,18 +533,22 @@ class Dispersion(NamedTuple):
 def dispersion_of(problem: Problem, rate: np.ndarray) -> Dispersion:
     """Dispersion from squared residuals to fitted expected counts `rate` (F, ny, nx).
 
-    The weighted mean of (N - n)^2 / (n + v), whose mean is the dispersion and whose null variance is 2 + n / (n + v)^2, with the inverse of that
-    variance for weight: dark pixels count for little. The P fitted parameters take away one degree of freedom each, where the signal is.
+    The weighted mean of 1 + ((N - n)^2 - N - v) / (n + v), whose mean is the dispersion and whose variance under Poisson noise is 2 + v / (n + v)^2.
+    Subtracting N rather than its expectation keeps out, to first order, rates that are wrong: in the vacuum around a particle they may be twice
+    what is counted, which would pass for half the variance. Weights n / (2 n + 1), without read noise, let dark pixels count for little. The P
+    fitted parameters take away one degree of freedom each, where the signal is. Dean, J. Am. Stat. Assoc. 87, 451 (1992).
     """
     variance, used = float(problem.read_variance), np.asarray(problem.mask)
-    total = weights = bright = 0.0
+    total = weights = squares = bright = 0.0
     for counts, own, seen in zip(problem.counts, rate, used, strict=True):
         own = np.maximum(np.asarray(own, float), DARKEST)
-        excess, spread = _pearson(np.asarray(counts, float), own, variance)
-        weight = np.where(seen, 1 / spread, 0.0)
-        total, weights, bright = total + (weight * (excess + 1)).sum(), weights + weight.sum(), bright + (weight * own).sum()
+        counts, level = np.asarray(counts, float), own + variance
+        weight = np.where(seen, 1 / (2 + own / level**2), 0.0)
+        total += (weight * (1 + ((counts - own) ** 2 - counts - variance) / level)).sum()
+        weights, bright = weights + weight.sum(), bright + (weight * own).sum()
+        squares += (weight**2 * (2 + variance / level**2)).sum()
     fitted = len(parameter_names(problem)) * bright / float(np.sum(rate * used, dtype=float))
-    return Dispersion(float(total / (weights - fitted)), float(weights**-0.5))
+    return Dispersion(float(total / (weights - fitted)), float(squares**0.5 / weights))
 
 
 def over_dispersed(problem: Problem, rate: np.ndarray) -> Problem:
