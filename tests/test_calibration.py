@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from numpyro.diagnostics import effective_sample_size
 from scipy.stats import kstest, poisson
 
 from depthprob.inference.calibration import calibrate, draw_truth, uniformity
@@ -57,9 +58,9 @@ def sampled(problem, key):
     return eqx.tree_at(lambda p: p.counts, problem, jnp.asarray(np.random.default_rng(key).poisson(rate), jnp.float32))
 
 
-def gain_of_three_forgotten(problem):
-    """Three raw units an electron pass for three electrons."""
-    return eqx.tree_at(lambda p: (p.counts, p.series.dose), problem, (3 * problem.counts, 3 * problem.series.dose))
+def gain_of_four_forgotten(problem):
+    """Four raw units an electron pass for four electrons: intervals half as wide as they should be."""
+    return eqx.tree_at(lambda p: (p.counts, p.series.dose), problem, (4 * problem.counts, 4 * problem.series.dose))
 
 
 def test_the_check_rejects_no_more_right_posteriors_than_it_says():
@@ -80,9 +81,9 @@ def test_ranks_of_the_truth_are_uniform_with_all_nuisances_free(problem, method,
         assert abs(share - level) < 4 * max(error, np.sqrt(level * (1 - level) / (4 * fits)))
 
 
-@pytest.mark.parametrize(("method", "fits"), [("laplace", 50), ("nuts", 20)])
+@pytest.mark.parametrize(("method", "fits"), [("laplace", 30), pytest.param("nuts", 20, marks=pytest.mark.slow)])
 def test_an_overconfident_model_is_caught_by_the_same_check(problem, method, fits):
-    found = calibrate(problem, method, jax.random.key(6), fits, draws=49, mistake=gain_of_three_forgotten)
+    found = calibrate(problem, method, jax.random.key(6), fits, draws=49, mistake=gain_of_four_forgotten)
     assert uniformity(found.places["depth"]) < 1e-3
     assert found.coverage("depth", 0.95)[0] < 0.85
 
@@ -105,24 +106,23 @@ def noise_inferred(problem):
     return over_dispersed(problem, rates(find_mode(problem).parameters, problem))
 
 
-def test_inferred_dispersion_leaves_error_bars_of_poisson_counts_alone(problem):
-    ratios = []
-    for key in range(5):
+def test_inferred_dispersion_widens_error_bars_of_poisson_counts_by_no_more_than_its_own_error(problem):
+    for key in range(2):
         own = sampled(problem, key)
         estimate = maximum(own)
         value, sd = dispersion_of(own, rates(estimate.parameters, own))
         assert abs(value - 1) < 4 * sd < 0.2
-        ratios.append(maximum(noise_inferred(own)).sd("depth") / estimate.sd("depth"))
-    assert np.mean(ratios) < 1.02
+        growth = maximum(noise_inferred(own)).sd("depth") / estimate.sd("depth") - 1
+        assert np.all(growth < 4 * sd / 2) and np.all(growth > -1e-3)  # a root of the dispersion, which is never below one
 
 
 def test_inferred_dispersion_makes_twice_the_variance_covered_and_without_it_is_caught(problem):
-    held = calibrate(problem, "laplace", jax.random.key(8), 40, draws=49, overdispersion=2.0, mistake=noise_inferred)
+    held = calibrate(problem, "laplace", jax.random.key(8), 30, draws=49, overdispersion=2.0, mistake=noise_inferred)
     for name in problem.free:
         assert uniformity(held.places[name]) > RARELY, name
     share, error = held.coverage("depth", 0.8)
     assert abs(share - 0.8) < 4 * error
-    assert uniformity(calibrate(problem, "laplace", jax.random.key(8), 40, draws=49, overdispersion=2.0).places["depth"]) < 1e-3
+    assert uniformity(calibrate(problem, "laplace", jax.random.key(8), 30, draws=49, overdispersion=2.0).places["depth"]) < 1e-3
 
 
 def test_dispersion_of_poisson_counts_is_one_with_read_noise_masks_and_a_vacuum_of_wrong_rate(problem):
@@ -183,9 +183,10 @@ def test_svi_and_nuts_agree_in_mean_and_spread(problem):
     chain = infer(own, "nuts", jax.random.key(2), 600, 2, estimate=estimate, progress_bar=False)
     assert normal.diagnostics["converged"] and chain.diagnostics["divergences"] == 0
     a, b = (np.linalg.solve(estimate.factor, r.draws.reshape(-1, len(estimate.names)).T) for r in (normal, chain))
-    error = 1 / np.sqrt(min(2000, chain.diagnostics["ess_min"]))
-    assert np.all(abs(a.mean(1) - b.mean(1)) < 5 * np.sqrt(2) * error)
-    assert np.all(abs(a.std(1) / b.std(1) - 1) < 5 * error)
+    squares = (b - b.mean(1)[:, None]) ** 2  # these mix more slowly than the draws
+    effective = effective_sample_size(squares.T.reshape(chain.draws.shape))
+    assert np.all(abs(a.mean(1) - b.mean(1)) < 5 * np.sqrt(1 / 2000 + 1 / effective))
+    assert np.all(abs(a.std(1) / b.std(1) - 1) < 0.02 + 5 * np.sqrt((1 / 2000 + 1 / effective) / 2))  # 2 %: where the normal's fit stops
 
 
 class Interrupted(Exception):
