@@ -11,6 +11,7 @@ _PUBLIC = {
     "Microscope": "physics.optics",
     "build_gram": "physics.library",
     "build_library": "reconstruction.libraries",
+    "calibrate": "inference.calibration",
     "column_bounds": "inference.likelihood",
     "compare_estimators": "inference.single",
     "crlb": "inference.likelihood",
@@ -22,6 +23,7 @@ _PUBLIC = {
     "load_gram": "physics.library",
     "make_problem": "inference.likelihood",
     "maximum": "inference.likelihood",
+    "plot_ranks": "plotting",
     "read_config": "config",
     "read_stack": "io",
     "reconstruct": "reconstruction.pipeline",
@@ -30,6 +32,7 @@ _PUBLIC = {
     "scattering_factor": "physics.scattering",
     "simulate_particle": "physics.particle",
     "to_arviz": "inference.posterior",
+    "uniformity": "inference.calibration",
     "wavelength": "physics.electron",
 }
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -204,7 +204,7 @@ def reconstruct(
     memory_limit: Annotated[float | None, typer.Option("--memory-limit", metavar="GB")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Take a focal series to column depths, atom numbers and atoms."""
+    """Take a focal series to column depths, atom numbers and atoms; interrupted sampling goes on where it stopped."""
     with _input_errors():
         settings = _settings(config)
         if method is not None and method not in METHODS:
@@ -218,6 +218,7 @@ def reconstruct(
                 f"no library file {str(library)!r}. Build one with `depthprob library`."
             )
         io.read_stack(stack, settings)  # faults of the file show before JAX starts
+        checkpoint = output.with_name(f".{output.name}.partial.npz")
         with io.atomic_folder(output) as folder:
             _use_double_precision()
             from .reconstruction import pipeline
@@ -230,7 +231,9 @@ def reconstruct(
                 method=method,
                 memory_limit=memory_limit,
                 quiet=quiet,
+                checkpoint=checkpoint,
             )
+        checkpoint.unlink(missing_ok=True)
     _say(f"open {output / 'report.html'}", quiet)
 
 

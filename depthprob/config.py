@@ -423,14 +423,24 @@ class ThermalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InferenceConfig:
-    """[inference]: the estimator and what it leaves free beside the depths."""
+    """[inference]: the estimator and what it leaves free beside the depths.
+
+    Noise "over_dispersed" has a variance in proportion to the mean, by a factor inferred from the residuals. A "smooth" background varies slowly over
+    each image, as that of a support film.
+    """
 
     method: str = _key("laplace", _choice(METHODS))
     free: tuple[str, ...] = _key(NUISANCES[:4], _choices(NUISANCES))
+    noise: str = _key("poisson", _choice(("poisson", "over_dispersed")))
+    background: str = _key("constant", _choice(("constant", "smooth")))
     max_atoms: int | None = _key(None, _number(at_least=1, whole=True))
     samples: int = _key(500, _number(at_least=1, whole=True))
     chains: int = _key(2, _number(at_least=1, whole=True))
     seed: int = _key(0, _number(at_least=0, at_most=2**32 - 1, whole=True))
+
+    def validate(self) -> None:
+        if self.background == "smooth" and "background" not in self.free:
+            raise InputError(f"inference.background is 'smooth', but inference.free is {list(self.free)}; a smooth background is fitted. Add \"background\" to free.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Figures of a reconstruction, one function per figure, on matplotlib axes."""
 
 import numpy as np
+from scipy.stats import binom
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's colour-blind safe palette
 
@@ -123,6 +124,18 @@ def plot_particle(ax, atoms, atom_sd, angle=None, element=""):
     ax.errorbar(across, atoms[:, 2], atom_sd[:, 2], fmt="none", ecolor=GREY, elinewidth=0.6)
     ax.set(xlabel=f"across, turned {angle:.0f}° (Å)", ylabel="z (Å), beam downwards", aspect="equal", title=f"from the side, {angle:.0f}°")
     ax.invert_yaxis()
+
+
+def plot_ranks(ax, ranks, draws, title="", bins=10):
+    """Histogram of the ranks of truths among so many posterior draws, over the band where 99 % of a right posterior's bars lie.
+
+    Hollow in the middle: too sure; a hill: too cautious; a slope: biased. `draws` + 1 should be a multiple of `bins`.
+    """
+    ranks = np.ravel(ranks)
+    low, high = binom.ppf([0.005, 0.995], len(ranks), 1 / bins)
+    ax.hist(ranks, np.linspace(-0.5, draws + 0.5, bins + 1), color=BLUE, edgecolor="white")
+    ax.axhspan(low, high, color="#E69F00", alpha=0.4, label="99 % of uniform")
+    ax.set(xlabel=f"rank of the truth among {draws} draws", ylabel=f"of {len(ranks)}", title=title)
 
 
 def plot_plan(ax, result):

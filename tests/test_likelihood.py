@@ -16,6 +16,7 @@ from depthprob.inference.likelihood import (
     crlb,
     depth_bounds,
     depth_sd,
+    field_of,
     fisher_and_score,
     from_vector,
     goodness_of_fit,
@@ -85,6 +86,47 @@ def test_score_holds_with_focus_and_source_size_free(problem, library):
     _, score = fisher_and_score(from_vector(vector, wide), wide)
     gradient = np.asarray(jax.grad(lambda v: log_likelihood(from_vector(v, wide), wide))(vector))
     np.testing.assert_allclose(score[-2:], gradient[-2:], rtol=2e-3)  # rates in float32
+
+
+def film(tilt):
+    """The field on a support film thicker towards one side and in one corner: background b (1 + tilt x + tilt x y / 2), no exponential of a polynomial."""
+    y, x = np.linspace(-1, 1, 30)[:, None], np.linspace(-1, 1, 34)
+    return 9612 * 0.16 * 4e-3 * (1 + tilt * x + tilt * x * y / 2)
+
+
+def test_score_holds_with_a_smooth_background(problem, library):
+    free = ("positions", "gain", "background", "smooth_background", "image_shifts", "focus_step")
+    wide = make_problem(np.asarray(problem.counts), field(), library, SERIES, free)
+    vector = jnp.asarray(to_vector(wide.start, wide)) + 0.1 * np.random.default_rng(0).uniform(size=len(to_vector(wide.start, wide)))
+    fisher, score = fisher_and_score(from_vector(vector, wide), wide)
+    gradient = np.asarray(jax.grad(lambda v: log_likelihood(from_vector(v, wide), wide))(vector))
+    np.testing.assert_allclose(score, gradient, atol=2e-4 * abs(gradient).max())  # rates in float32
+    assert len(fisher) == len(vector) == 3 * 3 + 9 * len(DEFOCUS) + 1
+
+
+def test_a_smooth_background_takes_up_a_support_film_that_a_constant_one_does_not(library):
+    lit = eqx.tree_at(lambda f: f.background, field(), np.full(len(DEFOCUS), 0.0))
+    mean = np.asarray(expected_counts(lit, library, SERIES), float) + film(0.3)
+    counts = np.random.default_rng(4).poisson(mean)
+    free = ("positions", "background", "gain", "image_shifts")
+    start = eqx.tree_at(lambda f: f.background, field(), np.full(len(DEFOCUS), 4e-3))
+    fits = {}
+    for words in (free, (*free, "smooth_background")):
+        posed = make_problem(counts, start, library, SERIES, words)
+        estimate = maximum(posed)
+        assert estimate.converged
+        fits[words] = estimate
+        rate = rates(estimate.parameters, posed)
+        quality = goodness_of_fit(estimate.parameters, posed, rate)
+    constant, smooth = fits.values()
+    tree = to_arviz(infer(posed, "laplace", samples=5, chains=1, estimate=smooth), posed)
+    assert tree["posterior"]["background_xy"].dims == ("chain", "draw", "image")
+    assert smooth.log_posterior > constant.log_posterior + 500
+    assert np.all(abs(quality) < 5)
+    assert np.all(abs(np.asarray(smooth.parameters["depth"]) - field().depths) < 4 * smooth.sd("depth"))
+    background = rate - np.asarray(expected_counts(eqx.tree_at(lambda f: f.background, field_of(smooth.parameters, posed.n_atoms), np.zeros(len(DEFOCUS))), library, SERIES))
+    # log(1 + t) past second order, t to 0.45 in a corner, is 3 %; the rest is noise
+    np.testing.assert_allclose(background.mean(0), film(0.3), rtol=0.1)
 
 
 def test_source_size_is_recovered(library):

@@ -1,6 +1,7 @@
 """Large fields: window by window against the dense likelihood, and the arrow-shaped matrices against NumPy."""
 
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from depthprob.inference.posterior import infer
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 
 DEFOCUS = np.arange(-160.0, 161.0, 40.0)
-FREE = ("positions", "background", "gain", "image_shifts", "focus_step", "source_size")
+FREE = ("positions", "background", "smooth_background", "gain", "image_shifts", "focus_step", "source_size")
 
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -27,11 +28,12 @@ def problem(request, library):
     keep = (i + j) % 2 == 0
     positions = np.stack([2.04 * i[keep], 2.04 * j[keep]], 1) + (0.5 if periodic else 5.0) + rng.normal(0, 0.03, (72, 2))
     n = len(DEFOCUS)
-    field = Field(positions, rng.integers(3, 12, 72), rng.normal(0, 5, 72), np.full(n, 2e-3), np.ones(n), rng.normal(0, 0.3, (n, 2)))
+    film = rng.normal(0, 0.2, (n, 5))
+    field = Field(positions, rng.integers(3, 12, 72), rng.normal(0, 5, 72), np.full(n, 2e-3), np.ones(n), rng.normal(0, 0.3, (n, 2)), background_shape=film)
     shape = (48, 110) if not periodic else (41, 92)
     series = FocalSeries(DEFOCUS, 0.4, np.full(n, 9612.0), shape, periodic)
     counts = rng.poisson(np.maximum(np.asarray(expected_counts(field, library, series), float), 0))
-    return make_problem(counts, field, library, series, FREE)
+    return eqx.tree_at(lambda p: p.dispersion, make_problem(counts, field, library, series, FREE), 1.0 + periodic)
 
 
 def arrow_matrix(rng):

@@ -16,12 +16,14 @@ from ..physics.focal_series import (
     Field,
     FocalSeries,
     Renderer,
+    background_images,
     counts_per_fraction,
     defocus_minus_depth,
     expected_counts,
     phases,
     q_squared,
     renderer,
+    smooth_functions,
     to_pixels,
     widening,
 )
@@ -29,7 +31,8 @@ from ..physics.library import ColumnLibrary
 from .arrow import ArrowFactor, ArrowMatrix
 
 PER_COLUMN = ("depth", "x", "y")
-PER_IMAGE = ("log_gain", "log_background", "shift_x", "shift_y")
+SMOOTH = ("background_x", "background_y", "background_xx", "background_xy", "background_yy")  # of a smooth background alone
+PER_IMAGE = ("log_gain", "log_background", "shift_x", "shift_y", *SMOOTH)
 GLOBAL = ("focus_offset", "focus_step", "source_variance")
 PARAMETERS = PER_COLUMN + PER_IMAGE + GLOBAL
 DARKEST = 1e-6  # e/pixel; a mean below it is not told from it by any series, and keeps logarithms finite
@@ -40,6 +43,10 @@ class Problem(eqx.Module):
 
     Read noise of variance v [e^2] enters as the shifted Poisson distribution: counts + v is taken for Poisson with mean rate + v, which
     has the right mean and variance. Counts may then be negative; the score is linear in them, so none is clipped, which would bias it.
+
+    Over-dispersed counts, of variance `dispersion` times Poisson's, divide the log-likelihood by it (quasi-likelihood; McCullagh and Nelder, Generalized
+    Linear Models, 2nd edition, section 9.2): the maximum stays, error bars grow by its root. A detector whose pulses differ in height, or a gain wrongly
+    stated, gives counts of just this kind; variance that grows with the square of the mean, as of a flickering beam, is the per-image gain's part.
     """
 
     counts: jax.Array
@@ -51,6 +58,8 @@ class Problem(eqx.Module):
     start: dict
     read_variance: jax.Array
     free: tuple[str, ...] = eqx.field(static=True)
+    dispersion: jax.Array | float = 1.0
+    prior_sd: dict = eqx.field(default_factory=lambda: dict(PRIOR_SD))
 
 
 class Mode(NamedTuple):
@@ -104,6 +113,7 @@ def free_parameters(free: tuple[str, ...]) -> tuple[str, ...]:
         "focus_offset": ("focus_offset",),
         "focus_step": ("focus_step",),
         "source_size": ("source_variance",),
+        "smooth_background": SMOOTH,
     }
     chosen = {"depth"} | {name for word in free for name in words[word]}
     return tuple(name for name in PARAMETERS if name in chosen)
@@ -118,10 +128,14 @@ def make_problem(
     mask: np.ndarray | None = None,
     read_variance: float = 0.0,
     dense: bool = True,
+    prior_sd: dict | None = None,
 ) -> Problem:
     """Gather a stack (F, ny, nx) [e/pixel], a starting field, what is free and the variance of read noise [e^2]; masked pixels (False) are not used.
 
-    Without `dense` only the functions of `local` take the result.
+    `free` holds the config's words and, for a background that varies slowly over each image, "smooth_background".
+
+    Without `dense` only the functions of `local` take the result. `prior_sd` replaces entries of `PRIOR_SD`; one for "log_background"
+    replaces its Gamma prior by a normal one.
     """
     shifts = np.asarray(field.image_shifts, float)
     start = {
@@ -136,11 +150,14 @@ def make_problem(
         "focus_step": np.array(float(field.focus_step)),
         "source_variance": np.array(float(field.source_variance)),
     }
+    if "smooth_background" in free:
+        shape = np.zeros((len(shifts), len(SMOOTH))) if field.background_shape is None else np.asarray(field.background_shape)
+        start |= dict(zip(SMOOTH, shape.T, strict=True))
     start = {k: jnp.asarray(v, float) for k, v in start.items()}
     used = np.ones(np.shape(counts), bool) if mask is None else mask
     return Problem(
         jnp.asarray(counts, jnp.float32), library, series, renderer(library, series) if dense else None, jnp.asarray(field.n_atoms), jnp.asarray(used), start,
-        jnp.asarray(float(read_variance)), free_parameters(free),
+        jnp.asarray(float(read_variance)), free_parameters(free), prior_sd=PRIOR_SD | (prior_sd or {}),
     )
 
 
@@ -157,18 +174,29 @@ def field_of(parameters: dict, n_atoms: jax.Array) -> Field:
         focus_offset=p["focus_offset"],
         focus_step=p["focus_step"],
         source_variance=p["source_variance"],
+        background_shape=jnp.stack([p[name] for name in SMOOTH], 1) if SMOOTH[0] in p else None,
     )
+
+
+def per_image(problem: Problem) -> tuple[str, ...]:
+    """Names of the parameters that every image of a problem has of its own."""
+    return tuple(name for name in PER_IMAGE if name in problem.start)
 
 
 def log_likelihood(parameters: dict, problem: Problem) -> jax.Array:
     """Poisson log-likelihood, without the term that depends on the counts alone; rates in float32, the sum in float64 under x64."""
+    return jnp.sum(image_log_likelihoods(parameters, problem))
+
+
+def image_log_likelihoods(parameters: dict, problem: Problem) -> jax.Array:
+    """The same image by image (F,)."""
     rate = jnp.maximum(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw), DARKEST)
     v = problem.read_variance.astype(rate.dtype)
     terms = jnp.where(problem.mask, (problem.counts + v) * jnp.log(rate + v) - rate, 0.0)
-    return jnp.sum(terms, dtype=float)
+    return jnp.sum(terms, axis=(1, 2), dtype=float) / problem.dispersion
 
 
-PRIOR_SD = {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05, "source_variance": 0.05}
+PRIOR_SD = dict.fromkeys(SMOOTH, 0.5) | {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05, "source_variance": 0.05}
 BACKGROUND_SHAPE = 4.0
 LARGEST_STEP = {"depth": 15.0, "log_background": 2.0, "source_variance": 0.03}  # of scoring; 0.3 for the rest
 ROUGH = 0.1  # standard deviations from the maximum: near enough to count atoms by
@@ -176,19 +204,19 @@ MEAN_SHIFT_SD = 1e-3  # Å; fixes the gauge
 
 
 def log_prior(parameters: dict, problem: Problem) -> jax.Array:
-    """Weak normal priors about the start (`PRIOR_SD`), a Gamma prior for the background, and the gauge.
+    """Weak normal priors about the start (`Problem.prior_sd`), a Gamma prior for the background, and the gauge.
 
-    Depths have a normal prior of 100 Å about zero. Background has the improper Gamma density b^(BACKGROUND_SHAPE - 1), worth that many
+    Depths have their normal prior about zero. Background has the improper Gamma density b^(BACKGROUND_SHAPE - 1), worth that many
     electrons in a whole image: nothing beside the signal, but it keeps the logarithm's posterior close to normal when b is zero.
     """
     total = 0.0
     for name in problem.free:
         value = parameters[name]
-        if name == "log_background":
+        if name not in problem.prior_sd:  # log_background
             total = total + BACKGROUND_SHAPE * jnp.sum(value)
         else:
             centre = 0.0 if name == "depth" else problem.start[name]
-            total = total - jnp.sum((value - centre) ** 2) / (2 * PRIOR_SD[name] ** 2)
+            total = total - jnp.sum((value - centre) ** 2) / (2 * problem.prior_sd[name] ** 2)
     for name in ("shift_x", "shift_y"):
         if name in problem.free:
             total = total - jnp.mean(parameters[name]) ** 2 / (2 * MEAN_SHIFT_SD**2)
@@ -207,7 +235,7 @@ def parameter_names(problem: Problem) -> list:
 
 @jax.jit
 def _image_terms(parameters: dict, problem: Problem, i: jax.Array):
-    """Derivatives of image i: by its columns (3C, pixel), its own four parameters (4, pixel), `GLOBAL` (3, pixel); and its rate."""
+    """Derivatives of image i: by its columns (3C, pixel), its own parameters `per_image` (k, pixel), `GLOBAL` (3, pixel); and its rate."""
     field = field_of(parameters, problem.n_atoms)
     series, draw = problem.series, problem.draw
     z = defocus_minus_depth(field, series)[:, i]
@@ -220,13 +248,15 @@ def _image_terms(parameters: dict, problem: Problem, i: jax.Array):
     by_x = image * (-2j * jnp.pi * draw.qx).astype(jnp.complex64)
     by_y = image * (-2j * jnp.pi * draw.qy).astype(jnp.complex64)[:, None]
     scale = counts_per_fraction(series)[i, 0, 0]
-    gain, background = field.gain[i], field.background[i]
+    gain, background = field.gain[i], jnp.broadcast_to(background_images(field, series)[i], series.shape).ravel()
     flat = lambda s: to_pixels(draw, s).reshape(s.shape[0], -1) * gain
     d_z, d_x, d_y = flat(by_z), flat(by_x), flat(by_y)
     signal = to_pixels(draw, image.sum(0)).ravel() * gain
     nominal = jnp.asarray(series.defocus)
     defocus = nominal[i] - jnp.mean(nominal)
-    own = jnp.stack([signal, jnp.full_like(signal, background), d_x.sum(0), d_y.sum(0)])
+    own = jnp.stack([signal, background.astype(signal.dtype), d_x.sum(0), d_y.sum(0)])
+    if field.background_shape is not None:
+        own = jnp.concatenate([own, own[1] * smooth_functions(series.shape).reshape(len(SMOOTH), -1)])
     by_variance = to_pixels(draw, image.sum(0) * (-2 * jnp.pi**2 * q_squared(draw))).ravel() * gain
     shared = jnp.stack([d_z.sum(0), d_z.sum(0) * defocus, by_variance])
     columns = jnp.concatenate([-d_z, d_x, d_y])
@@ -237,7 +267,7 @@ def _image_terms(parameters: dict, problem: Problem, i: jax.Array):
 def _image_sums(parameters: dict, problem: Problem, i: jax.Array):
     columns, own, shared, rate = _image_terms(parameters, problem, i)
     rate = jnp.maximum(rate, DARKEST).astype(float)
-    root = jnp.where(problem.mask[i].ravel(), (rate + problem.read_variance) ** -0.5, 0.0)
+    root = jnp.where(problem.mask[i].ravel(), ((rate + problem.read_variance) * problem.dispersion) ** -0.5, 0.0)
     jacobian = jnp.concatenate([columns, own, shared]).astype(float) * root
     residual = (problem.counts[i].ravel() - rate) * root
     return jacobian @ jacobian.T, jacobian @ residual
@@ -246,30 +276,36 @@ def _image_sums(parameters: dict, problem: Problem, i: jax.Array):
 def fisher_and_score(parameters: dict, problem: Problem, progress=lambda items, **_: items) -> tuple[np.ndarray, np.ndarray]:
     """Poisson Fisher matrix sum (dn)(dn)^T / n and score sum (N / n - 1) dn, over the free parameters, float64.
 
-    One image at a time: memory is one image's derivatives, 3 columns + 7 rows of pixels.
+    One image at a time: memory is one image's derivatives, 3 columns + 7 rows of pixels (12 with a smooth background). Both over the dispersion.
     """
     n_columns, n_foci = len(problem.n_atoms), len(problem.series.defocus)
     blocks = {}
     at = 0
-    for name in PARAMETERS:
+    own_names = per_image(problem)
+    for name in (*PER_COLUMN, *own_names, *GLOBAL):
         size = n_columns if name in PER_COLUMN else n_foci if name in PER_IMAGE else 1
         blocks[name] = at + np.arange(size)
         at += size
     fisher, score = np.zeros((at, at)), np.zeros(at)
     for i in range(n_foci):
         f, s = (np.asarray(a) for a in _image_sums(parameters, problem, i))
-        rows = np.concatenate([np.arange(3 * n_columns), [blocks[n][i] for n in PER_IMAGE], [blocks[n][0] for n in GLOBAL]])
+        rows = np.concatenate([np.arange(3 * n_columns), [blocks[n][i] for n in own_names], [blocks[n][0] for n in GLOBAL]])
         fisher[np.ix_(rows, rows)] += f
         score[rows] += s
     keep = np.concatenate([blocks[n] for n in problem.free])
     return fisher[np.ix_(keep, keep)], score[keep]
 
 
+def prior_curvature(problem: Problem) -> np.ndarray:
+    """Curvature of each free parameter's own log-prior (P,); of a Gamma prior `BACKGROUND_SHAPE`, its value at the mode."""
+    sd = problem.prior_sd
+    return np.array([sd[n] ** -2 if n in sd else BACKGROUND_SHAPE for n, _ in parameter_names(problem)], float)
+
+
 def prior_precision(problem: Problem) -> np.ndarray:
-    """Curvature of the log-prior over the free parameters (P, P); for log background `BACKGROUND_SHAPE`, its value at the mode."""
+    """Curvature of the log-prior over the free parameters (P, P), the gauge included."""
     names = parameter_names(problem)
-    diagonal = np.array([BACKGROUND_SHAPE if n == "log_background" else PRIOR_SD[n] ** -2 for n, _ in names])
-    precision = np.diag(diagonal)
+    precision = np.diag(prior_curvature(problem))
     for name in ("shift_x", "shift_y"):
         chosen = np.array([i for i, (n, _) in enumerate(names) if n == name], int)
         if len(chosen):
@@ -293,6 +329,17 @@ def from_vector(vector, problem: Problem) -> dict:
     return parameters
 
 
+@jax.jit
+def objective(vector: jax.Array, problem: Problem) -> jax.Array:
+    """Log-posterior of the free parameters as a vector; compiled once for all problems of one shape."""
+    return log_posterior(from_vector(vector, problem), problem)
+
+
+@jax.jit
+def prior_slope(vector: jax.Array, problem: Problem) -> jax.Array:
+    """Gradient of the log-prior by the free parameters (P,)."""
+    return jax.grad(lambda v: log_prior(from_vector(v, problem), problem))(vector)
+
 
 def maximum(problem: Problem, progress=lambda items, **_: items) -> Estimate:
     """Joint maximum of likelihood times weak priors, with its covariance."""
@@ -312,27 +359,25 @@ def find_mode(problem: Problem, progress=lambda items, **_: items, close: float 
 
     Starts with a scan of one depth common to all columns, then scores until no step exceeds `close` standard deviations. `before` is for `local` alone.
     """
-    objective = jax.jit(lambda v: log_posterior(from_vector(v, problem), problem))
-    gradient_prior = jax.jit(jax.grad(lambda v: log_prior(from_vector(v, problem), problem)))
     precision = prior_precision(problem)
     base = to_vector(problem.start, problem)
     n_columns = len(problem.n_atoms)
     best = max(
         (np.concatenate([base[:n_columns] + d, base[n_columns:]]) for d in ([0.0] if np.any(base[:n_columns]) else np.arange(-60, 61, 10.0))),
-        key=lambda v: float(objective(jnp.asarray(v))),
+        key=lambda v: float(objective(v, problem)),
     )
-    vector, value, damping, converged = best, float(objective(jnp.asarray(best))), 1e-3, False
+    vector, value, damping, converged = best, float(objective(best, problem)), 1e-3, False
     iteration = 0
     for iteration in progress(range(max_iterations), desc="joint fit", unit="step"):
         parameters = from_vector(jnp.asarray(vector), problem)
         fisher, score = fisher_and_score(parameters, problem)
-        score = score + np.asarray(gradient_prior(jnp.asarray(vector)))
+        score = score + np.asarray(prior_slope(vector, problem))
         hessian = fisher + precision
         while True:
             step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), score)
             limit = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in parameter_names(problem)])
             step *= min(1.0, float(np.min(limit / np.maximum(abs(step), 1e-12))))
-            trial = float(objective(jnp.asarray(vector + step)))
+            trial = float(objective(vector + step, problem))
             if trial >= value - 1e-6 or damping > 1e6:
                 break
             damping *= 8
@@ -348,9 +393,9 @@ def find_mode(problem: Problem, progress=lambda items, **_: items, close: float 
 def column_bounds(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
     """Cramér-Rao bound on the depth of each column (C,) [Å] at an estimate, with the problem's nuisances free and no prior but the gauge.
 
-    `relative` asks for depths relative to the field's mean, all that is measured when nobody knows the focus offset.
+    The Poisson bound, whatever the dispersion. `relative` asks for depths relative to the field's mean, all that is measured when nobody knows the focus offset.
     """
-    return depth_bounds(estimate.information, problem, relative)
+    return depth_bounds(estimate.information * float(problem.dispersion), problem, relative)
 
 
 def depth_sd(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
@@ -440,10 +485,11 @@ def _amplitude_sums(parameters: dict, problem: Problem, i: jax.Array):
     spectra = jnp.einsum("cr,rab->cab", weights.astype(jnp.float32), basis) * (along_y[:, :, None] * along_x[:, None, :])
     scale = counts_per_fraction(problem.series)[i, 0, 0]
     columns = (to_pixels(draw, spectra).reshape(len(weights), -1) * scale * field.gain[i]).astype(float)
-    rate = jnp.maximum(columns.sum(0) + scale * field.background[i], DARKEST)
-    root = jnp.where(problem.mask[i].ravel(), (rate + problem.read_variance) ** -0.5, 0.0)
+    background = (scale * jnp.broadcast_to(background_images(field, problem.series)[i], problem.series.shape)).ravel()
+    rate = jnp.maximum(columns.sum(0) + background, DARKEST)
+    root = jnp.where(problem.mask[i].ravel(), ((rate + problem.read_variance) * problem.dispersion) ** -0.5, 0.0)
     rows = columns * root
-    constant = scale * root
+    constant = background * root
     constant = constant / jnp.linalg.norm(constant)
     residual = (problem.counts[i].ravel() - rate) * root
     project = lambda a: a - (a @ constant)[..., None] * constant  # the image's background, profiled out
@@ -456,22 +502,80 @@ def rates(parameters: dict, problem: Problem) -> np.ndarray:
     return np.asarray(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw))
 
 
-def goodness_of_fit(parameters: dict, problem: Problem, rate: np.ndarray, radius: float = 1.2) -> np.ndarray:
+def leverages(estimate: Estimate, problem: Problem) -> np.ndarray:
+    """What a fit takes off the expected deviance of each pixel (F, ny, nx), of a field with dense matrices; all together less than the number of parameters.
+
+    J C J^T / (n + v), J the pixel's derivatives and C their covariance: with residuals r in standard deviations and H the matrix of these, the
+    fitted rates move by H r, and E[(r - H r)^2 - r^2] = -2 H + H H^T, on the diagonal minus the leverage.
+    """
+    n_columns, n_foci = len(problem.n_atoms), len(problem.series.defocus)
+    place = {item: k for k, item in enumerate(estimate.names)}
+    columns = [(name, c) for name in PER_COLUMN for c in range(n_columns)]
+    out = np.empty((n_foci, *problem.series.shape))
+    for i in range(n_foci):
+        terms = _image_terms(estimate.parameters, problem, i)
+        named = columns + [(name, i) for name in per_image(problem)] + [(name, 0) for name in GLOBAL]
+        rows = [(row, place[item]) for row, item in enumerate(named) if item in place]
+        chosen, at = np.array(rows).T
+        moved = np.asarray(estimate.factor[at].T, np.float32) @ np.concatenate([np.asarray(t) for t in terms[:3]])[chosen]
+        weight = (np.maximum(np.asarray(terms[3]), DARKEST) + float(problem.read_variance)) * float(problem.dispersion)
+        out[i] = ((moved**2).sum(0) / weight).reshape(problem.series.shape)
+    return out
+
+
+class Dispersion(NamedTuple):
+    """Variance of the counts over that of Poisson counts (and read noise), and the standard deviation of that estimate if the counts are Poisson's."""
+
+    value: float
+    sd: float
+
+
+def dispersion_of(problem: Problem, rate: np.ndarray) -> Dispersion:
+    """Dispersion from squared residuals to fitted expected counts `rate` (F, ny, nx).
+
+    The weighted mean of 1 + ((N - n)^2 - N - v) / (n + v), whose mean is the dispersion and whose variance under Poisson noise is 2 + v / (n + v)^2.
+    Subtracting N rather than its expectation keeps out, to first order, rates that are wrong: in the vacuum around a particle they may be twice
+    what is counted, which would pass for half the variance. Weights n / (2 n + 1), without read noise, let dark pixels count for little. The P
+    fitted parameters take away one degree of freedom each, where the signal is. Dean, J. Am. Stat. Assoc. 87, 451 (1992).
+    """
+    variance, used = float(problem.read_variance), np.asarray(problem.mask)
+    total = weights = squares = bright = 0.0
+    for counts, own, seen in zip(problem.counts, rate, used, strict=True):
+        own = np.maximum(np.asarray(own, float), DARKEST)
+        counts, level = np.asarray(counts, float), own + variance
+        weight = np.where(seen, 1 / (2 + own / level**2), 0.0)
+        total += (weight * (1 + ((counts - own) ** 2 - counts - variance) / level)).sum()
+        weights, bright = weights + weight.sum(), bright + (weight * own).sum()
+        squares += (weight**2 * (2 + variance / level**2)).sum()
+    fitted = len(parameter_names(problem)) * bright / float(np.sum(rate * used, dtype=float))
+    return Dispersion(float(total / (weights - fitted)), float(squares**0.5 / weights))
+
+
+def over_dispersed(problem: Problem, rate: np.ndarray) -> Problem:
+    """The problem with its dispersion inferred from a fit's expected counts, and never below one: electrons are counted."""
+    return eqx.tree_at(lambda p: p.dispersion, problem, max(1.0, dispersion_of(problem, rate).value))
+
+
+def goodness_of_fit(parameters: dict, problem: Problem, rate: np.ndarray, leverage: np.ndarray | None = None, radius: float = 1.2) -> np.ndarray:
     """Misfit near each column to expected counts `rate` (F, ny, nx), standardised by its own null mean and variance (C,): about N(0, 1).
 
     Poisson deviance; counts are far below one in many pixels, so mean and variance of each pixel's deviance are sums over the Poisson
-    distribution of its rate rather than those of chi-square. With read noise Pearson's statistic, whose moments are exact.
+    distribution of its rate rather than those of chi-square. With read noise or dispersion Pearson's statistic, whose moments are exact; of
+    over-dispersed counts those of a number of pulses, each of as many electrons as the dispersion. A fit follows its noise: without the
+    `leverage` (F, ny, nx) of its pixels what is left looks too good, by about 0.1.
     """
-    variance = float(problem.read_variance)
+    pulse = float(problem.dispersion)
+    variance = float(problem.read_variance) / pulse
     (ny, nx), px = problem.series.shape, problem.series.pixel_size
     total, spread = np.zeros(len(problem.n_atoms)), np.zeros(len(problem.n_atoms))
     half = int(np.ceil(radius / px)) + 1
     near = np.arange(-half, half + 1)
-    null = None if variance else _null_table(float(rate.max()))
+    null = None if variance or pulse != 1 else _null_table(float(rate.max()))
     for i in range(len(rate)):
-        own = np.maximum(np.asarray(rate[i], float), DARKEST)
-        counts, used = np.asarray(problem.counts[i], float), np.asarray(problem.mask[i])
-        excess, var = _pearson(counts, own, variance) if variance else _deviance(counts, own, null)
+        own = np.maximum(np.asarray(rate[i], float), DARKEST) / pulse
+        counts, used = np.asarray(problem.counts[i], float) / pulse, np.asarray(problem.mask[i])
+        excess, var = _pearson(counts, own, variance) if null is None else _deviance(counts, own, null)
+        excess = excess if leverage is None else excess + leverage[i]
         at = np.stack([parameters["x"] + parameters["shift_x"][i], parameters["y"] + parameters["shift_y"][i]], 1)
         nearest = np.round(at / px).astype(int)
         x, y = nearest[:, :1] + near, nearest[:, 1:] + near

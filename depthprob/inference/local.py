@@ -16,19 +16,17 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import j0, j1
 
-from ..physics.focal_series import FocalSeries, Renderer, phases, q_squared, to_pixels, widening
+from ..physics.focal_series import FocalSeries, Renderer, background_images, phases, q_squared, smooth_functions, to_pixels, widening
 from ..physics.gram import legendre_nodes
 from ..physics.library import ColumnLibrary, at_points
 from .arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
 from .likelihood import (
-    BACKGROUND_SHAPE,
     DARKEST,
     GLOBAL,
     LARGEST_STEP,
     MEAN_SHIFT_SD,
     PER_COLUMN,
     PER_IMAGE,
-    PRIOR_SD,
     Amplitudes,
     Estimate,
     Mode,
@@ -38,6 +36,9 @@ from .likelihood import (
     less_mean,
     log_prior,
     parameter_names,
+    per_image,
+    prior_curvature,
+    prior_slope,
     to_vector,
 )
 
@@ -64,10 +65,10 @@ class Sums(NamedTuple):
     rate : (F, ny, nx) float32
         Expected counts.
     score : dict of arrays
-        Derivative of the log-likelihood by each of `PARAMETERS`.
-    border : (3 C, 4 F + 3)
-        Fisher information between columns (depth, x, y) and nuisances (`PER_IMAGE`, image by image for each, then `GLOBAL`).
-    corner : (4 F + 3, 4 F + 3)
+        Derivative of the log-likelihood by every parameter.
+    border : (3 C, k F + 3)
+        Fisher information between columns (depth, x, y) and nuisances (the k names `per_image`, image by image for each, then `GLOBAL`).
+    corner : (k F + 3, k F + 3)
     """
 
     log_likelihood: float
@@ -347,11 +348,13 @@ def evaluate(
     n_columns, n_foci, (ny, nx) = len(problem.n_atoms), len(series.defocus), series.shape
     field = field_of(parameters, problem.n_atoms)
     scale = np.broadcast_to(np.asarray(series.dose, float), (n_foci,)) * series.pixel_size**2
-    gain, background = np.asarray(field.gain), np.asarray(field.background)
+    gain, background = np.asarray(field.gain), np.asarray(background_images(field, series), float)
+    smooth = smooth_functions(series.shape).astype(float)
+    names = per_image(problem)
     nominal = np.asarray(series.defocus)
-    variance = float(problem.read_variance)
-    score = {name: np.zeros(n_columns) for name in PER_COLUMN} | {name: np.zeros(n_foci) for name in PER_IMAGE} | dict.fromkeys(GLOBAL, 0.0)
-    k = len(PER_IMAGE) * n_foci + len(GLOBAL)
+    variance, dispersion = float(problem.read_variance), float(problem.dispersion)
+    score = {name: np.zeros(n_columns) for name in PER_COLUMN} | {name: np.zeros(n_foci) for name in names} | dict.fromkeys(GLOBAL, 0.0)
+    k = len(names) * n_foci + len(GLOBAL)
     border, corner = np.zeros((3 * n_columns, k)), np.zeros((k, k))
     rate = np.zeros((n_foci, ny, nx), np.float32)
     total = 0.0
@@ -368,25 +371,26 @@ def evaluate(
         own_rate = np.maximum(signal + scale[i] * background[i], DARKEST)
         rate[i] = own_rate
         counts, used = np.asarray(problem.counts[i], float), np.asarray(problem.mask[i])
-        total += float(np.where(used, (counts + variance) * np.log(own_rate + variance) - own_rate, 0.0).sum())
+        total += float(np.where(used, (counts + variance) * np.log(own_rate + variance) - own_rate, 0.0).sum()) / dispersion
         if not derivatives:
             continue
-        weight = used / (own_rate + variance)
+        weight = used / (own_rate + variance) / dispersion
         residual = (counts - own_rate) * weight
         unit = scale[i] * gain[i]
         lever = nominal[i] - nominal.mean()
+        dark = np.broadcast_to(scale[i] * background[i], signal.shape)
         own = np.stack([
-            signal, np.full_like(signal, scale[i] * background[i]), unit * layers[2], unit * layers[3],
+            signal, dark, unit * layers[2], unit * layers[3], *(dark * smooth[: len(names) - 4]),
             unit * layers[1], unit * layers[1] * lever, unit * layers[4] if len(layers) > 4 else np.zeros_like(signal),
         ])
-        at = [j * n_foci + i for j in range(len(PER_IMAGE))] + [len(PER_IMAGE) * n_foci + j for j in range(len(GLOBAL))]
+        at = [j * n_foci + i for j in range(len(names))] + [len(names) * n_foci + j for j in range(len(GLOBAL))]
         flat = own.reshape(len(own), -1)
         corner[np.ix_(at, at)] += (flat * weight.ravel()) @ flat.T
         own_score = flat @ residual.ravel()
-        for j, name in enumerate(PER_IMAGE):
+        for j, name in enumerate(names):
             score[name][i] += own_score[j]
         for j, name in enumerate(GLOBAL):
-            score[name] += own_score[len(PER_IMAGE) + j]
+            score[name] += own_score[len(names) + j]
         seen = _unfold(np.concatenate([residual[None], own * weight]).astype(np.float32), pad, periodic)
         sums = np.asarray(_overlaps(drawn[:, 1:4], corners, jnp.asarray(seen)), float) * unit
         sums[:, 0] *= -1  # by depth: against defocus - depth
@@ -452,7 +456,7 @@ def column_information(
     scale = np.broadcast_to(np.asarray(series.dose, float), (n_foci,)) * series.pixel_size**2
     gain = np.exp(parameters["log_gain"])
     sign = np.array([1.0]) if amplitude else np.array([-1.0, 1.0, 1.0])
-    variance = float(problem.read_variance)
+    variance, dispersion = float(problem.read_variance), float(problem.dispersion)
     pad = 2 * max(w.half for w in windows) + 2
     jobs = []
     for window in windows:
@@ -472,7 +476,7 @@ def column_information(
             placed = _place(sub, small, i, window.half, pad)
             drawn = _draw(sub, small, window, placed, not amplitude)[:, kinds]
             drawn = jnp.pad(drawn, [(0, 1), (0, 0), (TILE, TILE), (TILE, TILE)])  # the last, all zero, stands for no member
-            weight = np.asarray(problem.mask[i]) / (np.maximum(rate[i].astype(float), DARKEST) + variance) * (scale[i] * gain[i]) ** 2
+            weight = np.asarray(problem.mask[i]) / (np.maximum(rate[i].astype(float), DARKEST) + variance) / dispersion * (scale[i] * gain[i]) ** 2
             weight = np.pad(_unfold(weight[None], pad, periodic)[0], [(0, TILE), (0, TILE)])
             if periodic:  # count each pixel once: only the image itself
                 weight[:pad], weight[pad + ny :], weight[:, :pad], weight[:, pad + nx :] = 0, 0, 0, 0
@@ -485,7 +489,7 @@ def column_information(
         flip = np.tile(sign, members.shape[1])
         _scatter(np.asarray(total), np.outer(flip, flip), members, strip, rows_of, diagonal, lower, n_kinds)
     order = np.concatenate([(np.arange(n_kinds) * n_columns + np.asarray(p)[:, None]).ravel() for p in parts])
-    k = 0 if amplitude else len(PER_IMAGE) * n_foci + len(GLOBAL)
+    k = 0 if amplitude else len(per_image(problem)) * n_foci + len(GLOBAL)
     return ArrowMatrix(order, diagonal, lower, np.zeros((len(order), k)), np.zeros((k, k)))
 
 
@@ -562,11 +566,11 @@ def information(parameters: dict, problem: Problem, windows: list[Window], sums:
 def select(matrix: ArrowMatrix, problem: Problem) -> ArrowMatrix:
     """Only the free parameters, in the order of `likelihood.to_vector`."""
     n_columns, n_foci = len(problem.n_atoms), len(problem.series.defocus)
-    kept = []
-    for j, name in enumerate(PER_IMAGE):
+    kept, names = [], per_image(problem)
+    for j, name in enumerate(names):
         if name in problem.free:
             kept += list(range(j * n_foci, (j + 1) * n_foci))
-    kept += [len(PER_IMAGE) * n_foci + j for j, name in enumerate(GLOBAL) if name in problem.free]
+    kept += [len(names) * n_foci + j for j, name in enumerate(GLOBAL) if name in problem.free]
     matrix = matrix._replace(border=matrix.border[:, kept], corner=matrix.corner[np.ix_(kept, kept)])
     if "x" in problem.free:
         return matrix
@@ -605,9 +609,8 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
     """
     parameters = _plain(problem.start)
     names = parameter_names(problem)
-    prior = _prior(problem)
+    prior = prior_curvature(problem)
     limit = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in names])
-    slope = jax.jit(jax.grad(lambda v: log_prior(from_vector(v, problem), problem)))
     if not np.any(parameters["depth"]):
         windows = plan_windows(problem.library, problem.series, np.array([-70.0, 70.0]))
         tried = [parameters | {"depth": parameters["depth"] + d} for d in np.arange(-60, 61, 20.0)]
@@ -622,7 +625,7 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
             matrix = select(information(parameters, problem, windows, current), problem)
             factor = ArrowFactor(plus_diagonal(matrix, prior + damping * _diagonal(matrix), gauge(problem)))
         vector = to_vector(parameters, problem)
-        score = np.concatenate([np.ravel(current.score[n]) for n in problem.free]) + np.asarray(slope(jnp.asarray(vector)))
+        score = np.concatenate([np.ravel(current.score[n]) for n in problem.free]) + np.asarray(prior_slope(vector, problem))
         newton = factor.solve(score)
         step = np.clip(newton, -limit, limit)
         trial = _plain(from_vector(vector + step, problem))
@@ -645,12 +648,8 @@ def estimate_at(mode: Mode, problem: Problem, progress: Callable = lambda items,
     windows = plan_windows(problem.library, problem.series, np.asarray(mode.parameters["depth"]))
     current = evaluate(mode.parameters, problem, windows)
     matrix = select(information(mode.parameters, problem, windows, current, progress=progress), problem)
-    factor = ArrowFactor(plus_diagonal(matrix, _prior(problem), gauge(problem)))
+    factor = ArrowFactor(plus_diagonal(matrix, prior_curvature(problem), gauge(problem)))
     return Estimate(mode.parameters, factor.variances(), factor, matrix, parameter_names(problem), mode.log_posterior, mode.iterations, mode.converged)
-
-
-def _prior(problem: Problem) -> np.ndarray:
-    return np.array([BACKGROUND_SHAPE if n == "log_background" else PRIOR_SD[n] ** -2 for n, _ in parameter_names(problem)])
 
 
 def _diagonal(matrix: ArrowMatrix) -> np.ndarray:
@@ -667,7 +666,7 @@ def column_bounds(estimate: Estimate, problem: Problem, relative: bool = False) 
     """
     matrix = estimate.information
     factor = ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix), gauge(problem)))
-    return _depth_sd(factor, factor.variances(), len(problem.n_atoms), relative)
+    return _depth_sd(factor, factor.variances(), len(problem.n_atoms), relative) / float(problem.dispersion) ** 0.5
 
 
 def depth_sd(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
@@ -704,7 +703,7 @@ def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | N
         for i in window.images:
             placed = _place(plain, problem, int(i), window.half, pad)
             drawn = _draw(plain, problem, window, placed, False)
-            residual = np.asarray(problem.mask[i]) * (np.asarray(problem.counts[i], float) - current.rate[i]) / (current.rate[i] + float(problem.read_variance))
+            residual = np.asarray(problem.mask[i]) * (np.asarray(problem.counts[i], float) - current.rate[i]) / (current.rate[i] + float(problem.read_variance)) / float(problem.dispersion)
             seen = _unfold(residual[None].astype(np.float32), pad, series.periodic)
             score += scale[i] * np.asarray(_overlaps(drawn, jnp.asarray(placed.corners), jnp.asarray(seen)), float)[:, 0, 0]
     return Amplitudes(1 + factor.solve(score), sd, factor)

@@ -1,25 +1,28 @@
-"""NumPyro posterior over the full stack: Laplace and NUTS, preconditioned by the Fisher matrix, into ArviZ groups.
+"""Posterior over the full stack: Laplace, the best normal and NUTS, preconditioned by the Fisher matrix, into ArviZ groups.
 
-The model is stated in whitened coordinates z, theta = mode + L z with L L^T the Laplace covariance, so the posterior is close to a
+Sampled in whitened coordinates z, theta = mode + L z with L L^T the Laplace covariance, the posterior is close to a
 standard normal whatever the units and correlations, and chains mix from the first draw.
 """
 
 import time
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import arviz as az
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import xarray as xr
-from numpyro.infer import MCMC, NUTS
+from scipy.special import gammaln
+from tqdm import tqdm
 
 from ..errors import InputError
 from ..physics.focal_series import expected_counts
 from . import local
 from .arrow import ArrowFactor
-from .likelihood import GLOBAL, PER_COLUMN, Estimate, Problem, field_of, from_vector, log_posterior, maximum, to_vector
+from .likelihood import GLOBAL, PER_COLUMN, SMOOTH, Estimate, Problem, field_of, from_vector, image_log_likelihoods, maximum, to_vector
+from .sampling import Whitened, best_normal, nuts
 
 LARGE = 200  # columns beyond which fields are fitted window by window
 
@@ -36,7 +39,7 @@ class Posterior(NamedTuple):
     statistics : dict of (chain, draw) arrays
         NUTS: diverging, acceptance_rate, n_steps, energy.
     diagnostics : dict
-        method, chains, samples, divergences, r_hat_max, ess_min, seconds.
+        method, seconds, converged; NUTS: chains, samples, divergences, r_hat_max, ess_min; SVI: iterations and the last change.
     """
 
     estimate: Estimate
@@ -56,9 +59,10 @@ def infer(
     key: jax.Array | None = None,
     samples: int = 500,
     chains: int = 2,
-    warmup: int = 40,
+    warmup: int = 80,
     estimate: Estimate | None = None,
     progress_bar: bool = True,
+    checkpoint: Path | None = None,
 ) -> Posterior:
     """Posterior of all free parameters.
 
@@ -69,6 +73,10 @@ def infer(
         the evidence bound, started there; or the No-U-Turn sampler.
     key : PRNG key
         Randomness of draws.
+    warmup : int
+        Draws of each chain in which NUTS finds its step; with 40 some chains were left with steps they accept one in seven times.
+    checkpoint : path, optional
+        Where NUTS keeps its state, and goes on from after an interruption (`sampling.nuts`).
     """
     start = time.perf_counter()
     key = jax.random.key(0) if key is None else key
@@ -87,72 +95,29 @@ def infer(
         z = np.asarray(jax.random.normal(key, (chains, samples, len(mode))), float)
         draws = mode + z @ factor.T
     elif method in ("nuts", "svi"):
-        model = _whitened(problem, mode, factor)
-        run = _nuts if method == "nuts" else _svi
-        z, statistics, extra = run(model, len(mode), key, samples, chains, warmup, progress_bar)
+        target = Whitened(problem, jnp.asarray(mode), jnp.asarray(factor))
+        progress = partial(tqdm, disable=not progress_bar)
+        if method == "nuts":
+            z, statistics, extra = nuts(target, key, samples, chains, warmup, checkpoint, progress)
+        else:
+            key_fit, key_draw = jax.random.split(key)
+            mean, shape, extra = best_normal(target, key_fit, progress=progress)
+            z = mean + np.asarray(jax.random.normal(key_draw, (chains, samples, len(mode))), float) @ shape.T
+            extra["converged"] = estimate.converged and extra.pop("svi_converged")
         draws = mode + z @ factor.T
     seconds = round(time.perf_counter() - start, 1)
     return Posterior(estimate, draws, statistics, {"method": method, "seconds": seconds, "iterations": estimate.iterations, "converged": estimate.converged} | extra)
 
 
-def _whitened(problem: Problem, mode: np.ndarray, factor: np.ndarray):
-    """NumPyro model of the stack in coordinates where Laplace is a standard normal (the Jacobian is constant)."""
-    centre, scale = jnp.asarray(mode), jnp.asarray(factor)
-
-    def model():
-        z = numpyro.sample("z", numpyro.distributions.ImproperUniform(numpyro.distributions.constraints.real_vector, (), (len(mode),)))
-        numpyro.factor("log_posterior", log_posterior(from_vector(centre + scale @ z, problem), problem))
-
-    return model
-
-
-def _nuts(model, size, key, samples, chains, warmup, progress_bar):
-    # the mass matrix is the identity by construction; only the step is adapted, which takes few draws
-    kernel = NUTS(model, dense_mass=False, adapt_mass_matrix=False, step_size=0.4, target_accept_prob=0.7, max_tree_depth=4)
-    mcmc = MCMC(kernel, num_warmup=warmup, num_samples=samples, num_chains=chains, chain_method="sequential", progress_bar=progress_bar)
-    key_start, key_run = jax.random.split(key)
-    start = {"z": jax.random.normal(key_start, (chains, size) if chains > 1 else (size,))}
-    mcmc.run(key_run, init_params=start, extra_fields=("diverging", "accept_prob", "num_steps", "energy"))
-    z = np.asarray(mcmc.get_samples(group_by_chain=True)["z"], float)
-    fields = mcmc.get_extra_fields(group_by_chain=True)
-    names = {"diverging": "diverging", "accept_prob": "acceptance_rate", "num_steps": "n_steps", "energy": "energy"}
-    statistics = {names[k]: np.asarray(v) for k, v in fields.items() if k in names}
-    r_hat = numpyro.diagnostics.split_gelman_rubin(z) if samples >= 4 else np.full(size, np.nan)
-    ess = numpyro.diagnostics.effective_sample_size(z)
-    extra = {
-        "chains": chains,
-        "samples": samples,
-        "warmup": warmup,
-        "divergences": int(statistics["diverging"].sum()),
-        "r_hat_max": float(np.max(r_hat)),
-        "ess_min": float(np.min(ess)),
-        "ess_median": float(np.median(ess)),
-        "gradients_per_draw": float(np.mean(statistics["n_steps"])),
-    }
-    return z, statistics, extra
-
-
-def _svi(model, size, key, samples, chains, warmup, progress_bar):
-    """Full-covariance normal guide in whitened coordinates, started at Laplace."""
-    from numpyro.infer import SVI, Trace_ELBO
-    from numpyro.infer.autoguide import AutoMultivariateNormal
-
-    guide = AutoMultivariateNormal(model, init_scale=1.0, init_loc_fn=numpyro.infer.init_to_value(values={"z": jnp.zeros(size)}))
-    svi = SVI(model, guide, numpyro.optim.Adam(3e-3), Trace_ELBO(num_particles=2))
-    key_run, key_draw = jax.random.split(key)
-    result = svi.run(key_run, 8 * warmup, progress_bar=progress_bar)
-    z = np.asarray(guide.sample_posterior(key_draw, result.params, sample_shape=(chains, samples))["z"], float)
-    return z, {}, {"chains": chains, "samples": samples, "final_loss": float(result.losses[-1])}
-
-
-UNITS = {"depth": "angstrom", "x": "angstrom", "y": "angstrom", "gain": "1", "background": "fraction of the beam", "shift_x": "angstrom", "shift_y": "angstrom", "focus_offset": "angstrom", "focus_step": "1", "source_variance": "angstrom^2"}
+UNITS = {"depth": "angstrom", "x": "angstrom", "y": "angstrom", "gain": "1", "background": "fraction of the beam", "shift_x": "angstrom", "shift_y": "angstrom", "focus_offset": "angstrom", "focus_step": "1", "source_variance": "angstrom^2"} | dict.fromkeys(SMOOTH, "1")
 
 
 def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     """ArviZ groups with named dims and units: whatever the installed ArviZ uses (InferenceData, or DataTree since 1.0).
 
     posterior (draws of every free parameter; gain and background as themselves), sample_stats, posterior_predictive (mean counts of
-    each image over draws, for at most 100 of them; of a large field at the mode), observed_data (mean counts of each image), constant_data. With `relative` each draw's depths have mean zero.
+    each image over draws, for at most 100 of them; of a large field at the mode), log_likelihood (of each image, for every draw; not of a large field),
+    observed_data (mean counts of each image), constant_data. With `relative` each draw's depths have mean zero.
     """
     draws = posterior.draws if posterior.draws is not None else to_vector(posterior.estimate.parameters, problem)[None, None]
     names = posterior.estimate.names
@@ -182,10 +147,12 @@ def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     if problem.draw is None:
         mean = np.tile(local.rates(posterior.estimate.parameters, problem).mean((1, 2), dtype=float), (len(chosen), 1))
     else:
-        rate = jax.jit(lambda v: expected_counts(field_of(from_vector(v, problem), problem.n_atoms), problem.library, problem.series, problem.draw).mean((1, 2)))
-        mean = np.asarray(jax.lax.map(rate, jnp.asarray(chosen)), float)
+        mean = np.asarray(_mean_counts(jnp.asarray(chosen), problem), float)
+        each = np.asarray(_log_likelihoods(jnp.asarray(flat), problem)) - _count_terms(problem)
+        groups["log_likelihood"] = xr.Dataset({"mean_counts": (("chain", "draw", "image"), each.reshape(*draws.shape[:2], -1))}, {k: coords[k] for k in ("chain", "draw", "image")})
     n_pixels = np.prod(problem.series.shape)
-    predicted = np.random.default_rng(0).poisson(mean * n_pixels) / n_pixels
+    rng, pulse = np.random.default_rng(0), float(problem.dispersion)
+    predicted = pulse * rng.poisson(mean * n_pixels / pulse) / n_pixels + rng.normal(0, np.sqrt(pulse * float(problem.read_variance) / n_pixels), mean.shape)
     attributes = {"units": "e/pixel"}
     groups["posterior_predictive"] = xr.Dataset({"mean_counts": (("chain", "draw", "image"), predicted[None], attributes)}, {"chain": [0], "draw": np.arange(len(chosen)), "image": coords["image"]})
     groups["observed_data"] = xr.Dataset({"mean_counts": (("image",), np.asarray(problem.counts, float).mean((1, 2)), attributes)}, {"image": coords["image"]})
@@ -196,6 +163,25 @@ def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     if int(az.__version__.split(".")[0]) < 1:
         return az.InferenceData(**groups)
     return xr.DataTree.from_dict({f"/{k}": v for k, v in groups.items()})
+
+
+@jax.jit
+def _mean_counts(vectors: jax.Array, problem: Problem) -> jax.Array:
+    """Mean expected counts of each image (draw, F)."""
+    one = lambda v: expected_counts(field_of(from_vector(v, problem), problem.n_atoms), problem.library, problem.series, problem.draw).mean((1, 2))
+    return jax.lax.map(one, vectors)
+
+
+@jax.jit
+def _log_likelihoods(vectors: jax.Array, problem: Problem) -> jax.Array:
+    return jax.lax.map(lambda v: image_log_likelihoods(from_vector(v, problem), problem), vectors)
+
+
+def _count_terms(problem: Problem) -> np.ndarray:
+    """What the likelihood leaves out, sum log Gamma(N + v + 1) + v over each image (F,)."""
+    v, pulse = float(problem.read_variance), float(problem.dispersion)
+    terms = gammaln(np.maximum(np.asarray(problem.counts, float) + v, -0.9) + 1) + v
+    return np.where(problem.mask, terms, 0.0).sum((1, 2)) / pulse
 
 
 def write_netcdf(tree, path) -> None:

@@ -60,6 +60,8 @@ class Field(eqx.Module):
         True over nominal focus differences, about the mean focus.
     source_variance : scalar
         Variance of the source image along one axis minus that of the library [Å^2]; negative for a smaller source.
+    background_shape : (focus, 5), optional
+        Coefficients of `smooth_functions` in the logarithm of each image's background; absent, it is constant.
     """
 
     positions: Float[Array, "column 2"]
@@ -71,6 +73,7 @@ class Field(eqx.Module):
     focus_offset: Float[Array, ""] | float = 0.0
     focus_step: Float[Array, ""] | float = 1.0
     source_variance: Float[Array, ""] | float = 0.0
+    background_shape: Float[Array, "focus 5"] | None = None
 
 
 class Renderer(NamedTuple):
@@ -162,6 +165,21 @@ def column_signal(field: Field, library: ColumnLibrary, series: FocalSeries, dra
     return to_pixels(draw, spectra * shift_y[:, :, None] * shift_x[:, None, :])
 
 
+def smooth_functions(shape: tuple[int, int]) -> np.ndarray:
+    """Legendre polynomials x, y, P2(x), x y, P2(y) over an image (5, ny, nx), x and y from -1 to 1; float32."""
+    y, x = (np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape)
+    x, y = np.broadcast_arrays(x, y[:, None])
+    return np.stack([x, y, (3 * x**2 - 1) / 2, x * y, (3 * y**2 - 1) / 2]).astype(np.float32)
+
+
+def background_images(field: Field, series: FocalSeries) -> Float[Array, "focus y x"]:
+    """Background of every image, fraction of the beam: (focus, 1, 1) where it is constant; smooth and positive, as of a support film, otherwise."""
+    level = field.background[:, None, None]
+    if field.background_shape is None:
+        return level
+    return level * jnp.exp(jnp.tensordot(field.background_shape, smooth_functions(series.shape), 1).astype(jnp.float32))
+
+
 def counts_per_fraction(series: FocalSeries) -> Float[Array, "focus 1 1"]:
     """Electrons on a pixel in each image (focus, 1, 1)."""
     dose = jnp.broadcast_to(jnp.asarray(series.dose), jnp.shape(series.defocus))
@@ -182,7 +200,7 @@ def expected_counts(
     """
     draw = renderer(library, series) if draw is None else draw
     signal = column_signal(field, library, series, draw)
-    fraction = field.gain[:, None, None] * signal + field.background[:, None, None]
+    fraction = field.gain[:, None, None] * signal + background_images(field, series)
     return counts_per_fraction(series) * fraction
 
 

@@ -143,6 +143,7 @@ def reconstruct(
     method: str | None = None,
     quiet: bool = False,
     truth=None,
+    checkpoint: Path | None = None,
 ) -> Reconstruction:
     """Take a focal series to column depths, atom numbers and atoms.
 
@@ -152,6 +153,8 @@ def reconstruct(
         Counts (F, y, x) as `io.read_stack` returns them.
     library : ColumnLibrary, optional
         Built (or found in the cache) when absent.
+    checkpoint : path, optional
+        Where NUTS keeps its state, and goes on from after an interruption.
 
     Raises
     ------
@@ -212,25 +215,29 @@ def reconstruct(
     )
     # a free focus offset and a common shift of all depths are one thing: the offset is held, and depths are measured from their mean
     relative = "focus_offset" in config.inference.free
-    free = tuple(name for name in config.inference.free if name != "focus_offset")
+    free = tuple(name for name in config.inference.free if name != "focus_offset") + ("smooth_background",) * (config.inference.background == "smooth")
     fit = local if len(found) > LARGE else likelihood
     mode = amplitudes = None
+    dispersed = config.inference.noise == "over_dispersed"
     pose = lambda field: make_problem(stack.data, field, library, series, free, mask, read_variance_of(config), fit is likelihood)
     for _ in range(5):
         problem = pose(field)
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
         amplitudes = fit.column_amplitudes(mode.parameters, problem, amplitudes)
+        noisier = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)).dispersion ** 0.5 if dispersed else 1.0
         n_now = np.asarray(problem.n_atoms)
         cross = library.cross_section[n_now - 1]
         # a gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts
         cross = cross * np.exp(np.asarray(mode.parameters["log_gain"]).mean())
-        recount = count_by_library(amplitudes.value * cross, np.hypot(amplitudes.sd, 0.015) * cross, library.cross_section, scale_sd=0.05)
+        recount = count_by_library(amplitudes.value * cross, np.hypot(amplitudes.sd * noisier, 0.015) * cross, library.cross_section, scale_sd=0.05)
         field = field_of(mode.parameters, jnp.asarray(recount.n))
         if np.array_equal(recount.n, n_now):
             break
     else:
         warnings.append("Atom counts had not settled after five rounds of counting and fitting.")
     problem = pose(field_of(mode.parameters, problem.n_atoms))
+    if dispersed:
+        problem, mode = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)), None
     mode = fit.find_mode(problem, progress, before=mode)
     estimate = fit.estimate_at(mode, problem, progress)
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}
@@ -242,7 +249,7 @@ def reconstruct(
 
     stages(f"posterior ({method})")
     key = jax.random.key(config.inference.seed)
-    result = infer(problem, method, key, config.inference.samples, config.inference.chains, estimate=estimate, progress_bar=not quiet)
+    result = infer(problem, method, key, config.inference.samples, config.inference.chains, estimate=estimate, progress_bar=not quiet, checkpoint=checkpoint)
     bound = fit.column_bounds(estimate, problem, relative)
     model_sd = np.nan_to_num(library.depth_error[n_now - 1])
     background = np.exp(parameters["log_background"])
@@ -270,12 +277,16 @@ def reconstruct(
     snapped = snap(positions - np.outer(depth, lean), depth, depth_sd, n_now, geometry, position_sd)
 
     rate = fit.rates(estimate.parameters, problem)
-    fit_quality = goodness_of_fit(estimate.parameters, problem, rate)
+    leverage = likelihood.leverages(estimate, problem) if fit is likelihood else None
+    fit_quality = goodness_of_fit(estimate.parameters, problem, rate, leverage)
+    spread = likelihood.dispersion_of(problem, rate)
     poor = np.flatnonzero(fit_quality > 5)
     if len(poor):
         warnings.append(f"{len(poor)} of {len(n_now)} columns fit badly (goodness of fit above 5 standard deviations): columns {', '.join(map(str, poor[:12]))}.")
     if config.thermal.model == "absorptive":
         warnings.append("The absorptive library is brighter than frozen phonons, by 2 to 11 % from three to ten atoms of gold, and its error is not in the error bars: counts and depths are provisional.")
+    if not dispersed and spread.value > max(1.2, 1 + 5 * spread.sd):
+        warnings.append(f"Counts scatter about the fit with {spread.value:.2f} times Poisson's variance: error bars are too small. See goodness of fit, or set inference.noise = \"over_dispersed\".")
     if not estimate.converged:
         warnings.append("The joint fit had not converged.")
     if abs(amplitudes.value.mean() - 1) > 0.05 or abs(parameters["log_gain"].mean()) > 0.05:
@@ -324,7 +335,7 @@ def reconstruct(
         column_series=baseline.intensity,
         gaussian_fit_series=baseline.model,
         joint_fit_series=joint_series,
-        diagnostics=result.diagnostics | {"stages": stages.seconds},
+        diagnostics=result.diagnostics | {"dispersion": spread.value, "dispersion_sd": spread.sd, "stages": stages.seconds},
         warnings=warnings,
         provenance=_provenance(config, stages.seconds, method, library),
         gauge=GAUGE_FREE if relative else GAUGE,
@@ -387,8 +398,8 @@ def write(result: Reconstruction, folder: Path) -> None:
     write_report(folder / "report.html", result)
 
 
-def run(stack_path, config: Config, folder, library_path=None, method=None, memory_limit=None, quiet=False) -> None:
-    """Read a stack, reconstruct it and write everything into a folder.
+def run(stack_path, config: Config, folder, library_path=None, method=None, memory_limit=None, quiet=False, checkpoint=None) -> None:
+    """Read a stack, reconstruct it and write everything into a folder. An interrupted NUTS run goes on from its `checkpoint`.
 
     Raises
     ------
@@ -402,7 +413,7 @@ def run(stack_path, config: Config, folder, library_path=None, method=None, memo
     if memory_limit is not None and need > memory_limit:
         raise InputError(f"{name} is {memory_limit:g} GB; this series of {stack.data.shape} needs about {need:.1f} GB. Raise the limit or crop the series.")
     library = ColumnLibrary.load(library_path) if library_path is not None else None
-    write(reconstruct(stack, config, library, method, quiet), Path(folder))
+    write(reconstruct(stack, config, library, method, quiet, checkpoint=checkpoint), Path(folder))
 
 
 def demo(folder, quiet: bool = False) -> None:

@@ -1,0 +1,194 @@
+"""Draws from a posterior in whitened coordinates z, theta = centre + scale z, where it is close to a standard normal: by NUTS, and by the best normal.
+
+Everything compiled takes the problem as an argument, so that one compilation serves all problems of one shape.
+"""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from jaxtyping import Array, Float
+from numpyro.infer.hmc import hmc
+
+from .likelihood import Problem, from_vector, log_posterior
+
+BLOCK = 10  # draws between two looks at the progress and two states written
+FIELDS = {"diverging": "diverging", "accept_prob": "acceptance_rate", "num_steps": "n_steps", "energy": "energy"}
+
+
+class Whitened(NamedTuple):
+    """A posterior and the coordinates it is sampled in: centre (P,), scale (P, P)."""
+
+    problem: Problem
+    centre: Float[Array, " p"]
+    scale: Float[Array, "p p"]
+
+
+def log_density(z: Float[Array, " p"], target: Whitened) -> Float[Array, ""]:
+    """Log-posterior at whitened coordinates; the Jacobian is constant and left out."""
+    return log_posterior(from_vector(target.centre + target.scale @ z, target.problem), target.problem)
+
+
+# NUTS ------------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def _kernel(warmup: int):
+    """NumPyro's NUTS: start(key, z, target) and block(state, target), which makes `BLOCK` draws, both compiled.
+
+    The mass matrix is the identity by construction; only the step is adapted, which takes few draws.
+    """
+    start_kernel, step = hmc(potential_fn_gen=lambda target: lambda z: -log_density(z, target), algo="NUTS")
+
+    @jax.jit
+    def start(key, z, target):
+        return start_kernel(
+            z, warmup, step_size=0.4, adapt_mass_matrix=False, target_accept_prob=0.7, max_tree_depth=4, model_args=(target,), rng_key=key
+        )  # fmt: skip
+
+    @jax.jit
+    def block(state, target):
+        def one(state, _):
+            state = step(state, (target,), {})
+            return state, (state.z, *(getattr(state, name) for name in FIELDS))
+
+        return jax.lax.scan(one, state, length=BLOCK)
+
+    return start, block
+
+
+def nuts(
+    target: Whitened,
+    key: jax.Array,
+    samples: int,
+    chains: int,
+    warmup: int,
+    checkpoint: Path | None = None,
+    progress: Callable = lambda items, **_: items,
+) -> tuple[np.ndarray, dict, dict]:
+    """Draws (chain, draw, P), sample statistics (chain, draw) and diagnostics of NumPyro's No-U-Turn sampler, chains one after another.
+
+    Parameters
+    ----------
+    checkpoint : path, optional
+        The sampler's state and the draws so far are kept there after every `BLOCK` draws. A run of the same posterior, key and settings goes on from
+        them and ends, bit by bit, where an undisturbed one ends; a file of anything else, or a damaged one, is written over.
+    """
+    start, block = _kernel(warmup)
+    blocks = -(-(warmup + samples) // BLOCK)
+    keys = jax.random.split(key, 2 * chains).reshape(2, chains, *key.shape)
+    begun = [start(jax.random.key_data(keys[0, c]), jax.random.normal(keys[1, c], target.centre.shape), target) for c in range(chains)]
+    digest = _digest((target, begun), f"{numpyro.__version__} {jax.__version__} {warmup} {BLOCK}")
+    records, state = _read_checkpoint(checkpoint, digest, begun[0]) if checkpoint else ([], None)
+    resumed = len(records)
+    for k in progress(range(resumed, chains * blocks), desc="NUTS", unit="block", initial=resumed, total=chains * blocks):
+        state, record = block(begun[k // blocks] if k % blocks == 0 else state, target)
+        records.append([np.asarray(r) for r in record])
+        if checkpoint:
+            _write_checkpoint(checkpoint, digest, records, state)
+    gathered = [np.concatenate(parts).reshape(chains, blocks * BLOCK, *parts[0].shape[1:])[:, warmup : warmup + samples] for parts in zip(*records, strict=True)]
+    z, statistics = gathered[0].astype(float), dict(zip(FIELDS.values(), gathered[1:], strict=True))
+    r_hat = numpyro.diagnostics.split_gelman_rubin(z) if samples >= 4 else np.full(z.shape[-1], np.nan)
+    ess = numpyro.diagnostics.effective_sample_size(z)
+    return z, statistics, {
+        "chains": chains,
+        "samples": samples,
+        "warmup": warmup,
+        "resumed_at_draw": min(resumed * BLOCK, chains * (warmup + samples)),
+        "divergences": int(statistics["diverging"].sum()),
+        "r_hat_max": float(np.max(r_hat)),
+        "ess_min": float(np.min(ess)),
+        "ess_median": float(np.median(ess)),
+        "gradients_per_draw": float(np.mean(statistics["n_steps"])),
+    }  # fmt: skip
+
+
+def _digest(tree, words: str) -> str:
+    """Of every number in a pytree, and of words."""
+    digest = hashlib.sha256(words.encode())
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _write_checkpoint(path: Path, digest: str, records: list, state) -> None:
+    """Whole or not at all; the zip's own CRC guards every array."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp.npz")
+    draws = {f"record_{i}": np.concatenate(parts) for i, parts in enumerate(zip(*records, strict=True))}
+    leaves = {f"state_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    np.savez(temporary, digest=digest, **draws, **leaves)
+    os.replace(temporary, path)
+
+
+def _read_checkpoint(path: Path, digest: str, like) -> tuple[list, object]:
+    """Records block by block and the state after the last; none where there is no file of this run."""
+    leaves, structure = jax.tree.flatten(like)
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            if str(saved["digest"]) != digest:
+                return [], None
+            records = [saved[f"record_{i}"] for i in range(1 + len(FIELDS))]
+            state = [saved[f"state_{i}"] for i in range(len(leaves))]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return [], None
+    count = len(records[0]) // BLOCK
+    return [list(parts) for parts in zip(*(np.split(r, count) for r in records), strict=True)], structure.unflatten([jnp.asarray(s) for s in state])
+
+
+# The best normal -------------------------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="pairs")
+def _natural_gradient(mean, factor, key, target: Whitened, pairs: int):
+    """Mean of u = L^T grad log p + e and of u e^T over antithetic draws z = mean + L e; both vanish, draw by draw, where p is the normal itself."""
+    e = jax.random.normal(key, (pairs, len(mean)), mean.dtype)
+    e = jnp.concatenate([e, -e])
+    slope = jax.grad(log_density)
+    u = jax.lax.map(lambda e: factor.T @ slope(mean + factor @ e, target) + e, e)
+    return u.mean(0), u.T @ e / len(e)
+
+
+def best_normal(
+    target: Whitened, key: jax.Array, pairs: int = 8, least: int = 32, most: int = 256, close: float = 0.02, progress: Callable = lambda items, **_: items
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Mean (P,) and factor (P, P) of the normal that is nearest the posterior in the sense of the evidence bound, and diagnostics.
+
+    Stochastic variational inference with natural gradients: of the mean L E[u], of the covariance L E[u e^T] L^T with u as in
+    `_natural_gradient` (Stein's lemma turns Hessians into gradients; Hoffman et al., J. Mach. Learn. Res. 14, 1303 (2013); Opper and Archambeau,
+    Neural Comput. 21, 786 (2009)). Near a normal u is small for every draw, so few draws do. Steps shrink as 2 / (t + 8), which averages over iterations.
+
+    Parameters
+    ----------
+    pairs : int
+        Antithetic draws of one iteration.
+    least, most : int
+        Iterations; between them it stops when, since half as many, no mean has moved by more than `close` standard deviations
+        and no standard deviation by more than that part of itself.
+    """
+    size = len(target.centre)
+    mean, factor = np.zeros(size), np.eye(size)
+    history, moved, t = {}, np.inf, 0
+    keys = jax.random.split(key, most)
+    for t in progress(range(1, most + 1), desc="SVI", unit="step"):
+        by_mean, by_covariance = (np.asarray(a, float) for a in _natural_gradient(jnp.asarray(mean), jnp.asarray(factor), keys[t - 1], target, pairs))
+        rate = 2 / (t + 8)
+        turn = rate / 4 * (by_covariance + by_covariance.T)
+        mean = mean + rate * factor @ np.clip(by_mean, -1.0, 1.0)
+        turn = turn * min(1.0, 0.5 / max(np.linalg.norm(turn, 2), 1e-30))
+        factor = factor @ (np.eye(size) + turn + turn @ turn / 2)  # exp(turn), nearly: the covariance stays positive
+        sd = np.sqrt((factor**2).sum(1))
+        history[t] = mean, sd
+        if t >= least and t % 2 == 0:
+            before = history[t // 2]
+            moved = float(max(np.max(abs(mean - before[0]) / sd), np.max(abs(sd / before[1] - 1))))
+            if moved < close:
+                break
+    return mean, factor, {"svi_iterations": t, "svi_gradients": 2 * pairs * t, "svi_last_change_sd": moved, "svi_converged": moved < close}
