@@ -51,11 +51,11 @@ def transmission(
     along_x, along_y = (jnp.exp(-2j * jnp.pi * positions[:, i, None] * q_i).astype(jnp.complex64) for i, q_i in enumerate((qx, qy)))
     total = jnp.zeros_like(q, jnp.complex64)
     smooth = np.exp(-2 * (np.pi * smoothing * q) ** 2) * POTENTIAL_PER_SCATTERING_FACTOR / area
-    own = np.zeros(len(positions), np.float32)
+    own = jnp.zeros(len(positions))
     for kind in np.unique(elements):
-        factor = smooth * np.asarray(scattering_factor(str(kind), q, parametrization))
-        own[elements == kind] = factor.sum()
-        total = total + jnp.asarray(factor, jnp.float32) * (along_y[elements == kind].T @ along_x[elements == kind])
+        factor = jnp.asarray(smooth * scattering_factor(str(kind), q, parametrization), jnp.float32)
+        own = own.at[elements == kind].set(factor.sum())
+        total = total + factor * (along_y[elements == kind].T @ along_x[elements == kind])
     potential = jnp.fft.ifft2(total).real * (4 * nx * ny)
     spectrum = jnp.fft.fft2(jnp.exp(1j * sigma * potential)) / 4
     keep_y, keep_x = (np.fft.fftfreq(n, 1 / n).round().astype(int) for n in (ny, nx))
@@ -86,7 +86,8 @@ def _core(element: str, smoothing: float, parametrization: str) -> tuple[np.ndar
     edges = np.array([0, 1e-5, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 2.5])  # smoothing curves the tail too, to the square of its width
     r, w_r = panels(edges, 16 + 4 * end * np.diff(edges))
     q, w_q = panels(np.array([0, 0.1, 0.3, 1, 3, 10, 30, 100]) * end / 100, 40 + 4 * np.diff([0, 0.1, 0.3, 1, 3, 10, 30, 100]) * end / 100)
-    damped = np.asarray(scattering_factor(element, q, parametrization)) * np.exp(-2 * (np.pi * smoothing * q) ** 2)
+    with jax.ensure_compile_time_eval():
+        damped = np.asarray(scattering_factor(element, q, parametrization)) * np.exp(-2 * (np.pi * smoothing * q) ** 2)
     smooth = 2 * np.pi * POTENTIAL_PER_SCATTERING_FACTOR * j0(2 * np.pi * np.outer(r, q)) @ (damped * q * w_q)
     return r, 2 * np.pi * r * w_r, projected_potential(element, r, parametrization), smooth
 
