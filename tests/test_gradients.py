@@ -112,5 +112,5 @@ def test_field_of_columns_is_differentiable_in_both_modes(library):
         moved = Field(n_atoms=field.n_atoms, background=field.background, **values)
         return 10 * column_signal(moved, library, series, draw)[:, 6:16:3, 5:20:3].ravel()
 
-    start = tuple(jnp.asarray(getattr(field, n), float) for n in names[:4]) + (jnp.array(0.7), jnp.array(0.1), jnp.array(0.2))
+    start = (*(jnp.asarray(getattr(field, n), float) for n in names[:4]), jnp.array(0.7), jnp.array(0.1), jnp.array(0.2))
     check_grads(jax.jit(pixels), (start,), order=1, modes=("fwd", "rev"), eps=2e-3, atol=1e-3, rtol=1e-3)  # the step leaves 5e-4, falling with its square
