@@ -6,6 +6,7 @@ import pytest
 from scipy.special import j0
 
 from depthprob.physics.electron import interaction_parameter, wavelength
+from depthprob.physics.gram import default_sampling
 from depthprob.physics.multislice import exit_waves, multislice, propagator, transmission
 from depthprob.physics.scattering import POTENTIAL_PER_SCATTERING_FACTOR, panels, projected_potential, scattering_factor
 
@@ -115,3 +116,30 @@ def test_high_angle_signal_is_converged_in_the_grid():
         return float((np.abs(np.asarray(out)) ** 2)[(q > 48) & (q < 180)].sum())
 
     assert signal(176) == pytest.approx(signal(352), rel=1e-3)
+
+
+@pytest.mark.parametrize(("element", "energy", "angle", "inner", "outer"), [("Au", 300e3, 21.0, 48.0, 180.0), ("Cu", 200e3, 20.0, 40.0, 100.0), ("C", 80e3, 25.0, 60.0, 200.0)])
+def test_default_sampling_is_within_a_thousandth_of_the_limit(element, energy, angle, inner, outer):
+    """Absolute intensity of a focused probe on three atoms, half an angstrom apart laterally; the working pixel halved."""
+    side, lam = 5.0, wavelength(energy)
+    places = np.array([[2.5, 2.5], [2.9, 2.4], [2.5, 2.4]])
+
+    def signal(n):
+        limit = n / side / 3
+        q = np.hypot(*np.meshgrid(*[np.fft.fftfreq(n, side / n)] * 2))
+        ramp = np.exp(-2j * np.pi * 2.5 * np.add.outer(*[np.fft.fftfreq(n, side / n)] * 2))
+        disc = lambda a: np.clip((a * 1e-3 / lam - q) * side + 0.5, 0, 1)
+        planes = jnp.stack([transmission(place[None], element, (side, side), (n, n), energy, limit) for place in places])
+        out = multislice(jnp.asarray(disc(angle) / np.sqrt((disc(angle) ** 2).sum()) * ramp), planes, jnp.array([-4.0, 0.0, 4.0]), (side, side), lam, limit)
+        return float((np.abs(np.asarray(out)) ** 2 * (disc(outer) - disc(inner))).sum())
+
+    n = int(np.ceil(side / default_sampling(energy, outer, angle)))
+    assert signal(n) == pytest.approx(signal(2 * n), rel=1e-3)  # signal(2 n) is within 7e-5 of signal(4 n)
+
+
+def test_empty_planes_change_nothing():
+    """Refining the slices: free flight in one step or in many."""
+    atom, empty = gold([3.0, 3.7]), jnp.ones(SHAPE, jnp.complex64)
+    one = exit_waves(WAVES, jnp.stack([atom, atom]), jnp.array([0.0, 4.08]), CELL, LAM, LIMIT)
+    many = exit_waves(WAVES, jnp.stack([empty, atom, empty, empty, atom]), jnp.array([-2.0, 0.0, 1.1, 3.9, 4.08]), CELL, LAM, LIMIT)
+    np.testing.assert_allclose(many, one, atol=2e-5)
