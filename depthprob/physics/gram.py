@@ -129,14 +129,17 @@ def mode_spectra(modes: Modes | DiscModes, kx: np.ndarray, ky: np.ndarray) -> np
         spectra[:, inside] = radial * np.exp(1j * np.outer(modes.l, phi[inside]))
         return spectra
     width = 1 / (2 * math.pi * modes.scale)
-    rho = np.hypot(kx, ky) / width
+    rho, where = np.unique(np.hypot(kx, ky) / width, return_inverse=True)  # an eighth of a square grid's frequencies
+    decay, where = np.exp(-(rho**2) / 2), where.reshape(np.shape(kx))
     phi = np.arctan2(ky, kx)
-    spectra = np.empty((len(modes.p), *rho.shape), np.complex64)
-    for i, (p, l) in enumerate(zip(modes.p, modes.l, strict=True)):
-        m = abs(l)
-        norm = math.exp(0.5 * (gammaln(p + 1) - gammaln(p + m + 1))) / math.sqrt(math.pi) / width
-        radial = norm * rho**m * eval_genlaguerre(p, m, rho**2) * np.exp(-(rho**2) / 2)
-        spectra[i] = (-1j) ** int(2 * p + m) * radial * np.exp(1j * l * phi)
+    spectra = np.empty((len(modes.p), *where.shape), np.complex64)
+    for m in np.unique(abs(modes.l)):
+        turns = np.exp(1j * m * phi).astype(np.complex64)
+        for p in np.unique(modes.p[abs(modes.l) == m]):
+            norm = math.exp(0.5 * (gammaln(p + 1) - gammaln(p + m + 1))) / math.sqrt(math.pi) / width
+            radial = ((-1j) ** int(2 * p + m) * norm * rho**m * eval_genlaguerre(p, m, rho**2) * decay).astype(np.complex64)[where]
+            for i in np.flatnonzero((modes.p == p) & (abs(modes.l) == m)):
+                spectra[i] = radial * (turns if modes.l[i] > 0 else turns.conj())
     return spectra
 
 

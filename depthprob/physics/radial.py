@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
-from scipy.special import k0, k1
 
 from .detector import AnnularDetector
 from .electron import interaction_parameter, wavelength
 from .gram import ColumnGram, Modes, bessel, default_reach, laguerre_gauss_modes, mode_spectra, require_full_symmetry
-from .scattering import POTENTIAL_PER_SCATTERING_FACTOR, parameters
+from .scattering import panels, projected_potential
 from .specimen import Column, rms_from_debye_waller_b
 
 
@@ -51,32 +50,6 @@ class RadialColumn(NamedTuple):
     diffuse: jax.Array
     detected: jax.Array
     propagation: jax.Array
-
-
-def projected_potential(element: str, r: np.ndarray, parametrization: str = "lobato") -> np.ndarray:
-    """Potential of an atom projected along the beam [V Å] at radius r > 0 [Å].
-
-    Two-dimensional Fourier transform of `scattering_factor` in closed form; Kirkland (2010), eq. C.20, and its like for Lobato's terms.
-    """
-    r = np.asarray(r, float)[..., None]
-    if parametrization == "lobato":
-        a, b = parameters(element, "lobato")
-        x = 2 * np.pi * r / np.sqrt(b)
-        total = (2 * np.pi * a / b * (k0(x) + x / 2 * k1(x))).sum(-1)
-    else:
-        a, b, c, d = parameters(element, parametrization)
-        total = (2 * np.pi * a * k0(2 * np.pi * r * np.sqrt(b)) + np.pi * c / d * np.exp(-((np.pi * r) ** 2) / d)).sum(-1)
-    return POTENTIAL_PER_SCATTERING_FACTOR * total
-
-
-def gauss_panels(edges: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Legendre nodes and weights, panel by panel between `edges`, so many in each."""
-    nodes, weights = [], []
-    for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True):
-        x, w = np.polynomial.legendre.leggauss(int(n))
-        nodes.append((high + low + (high - low) * x) / 2)
-        weights.append(w * (high - low) / 2)
-    return np.concatenate(nodes), np.concatenate(weights)
 
 
 class _Grids(NamedTuple):
@@ -134,9 +107,9 @@ def _grids(column, energy, aperture, edges, modes, parametrization, range_of_pot
     extent = range_of_potential + lam * k_max * column.spacing * (column.n_atoms - 1)
     per_k = 2 * extent * oversampling
     edges = np.append(edges, k_max)
-    k, w_k = gauss_panels(edges, np.ceil(np.diff(edges) * per_k) + 10)
+    k, w_k = panels(edges, np.ceil(np.diff(edges) * per_k) + 10)
     r_edges = np.array([0, 0.03, 0.12, 0.4, 1.2, range_of_potential])
-    r, w_r = gauss_panels(r_edges, np.ceil(np.diff(r_edges) * 4 * k_max * oversampling) + np.array([12, 16, 16, 12, 12]))
+    r, w_r = panels(r_edges, np.ceil(np.diff(r_edges) * 4 * k_max * oversampling) + np.array([12, 16, 16, 12, 12]))
 
     incident = np.zeros((modes.order + 1, modes.order // 2 + 1, len(k)), complex)
     for l in range(modes.order + 1):

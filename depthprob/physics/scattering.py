@@ -7,6 +7,7 @@ from importlib import resources
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.special import k0, k1
 
 from ..errors import InputError
 
@@ -52,3 +53,29 @@ def scattering_factor(
         return (a * (2 + b * q2) / (1 + b * q2) ** 2).sum(-1)
     a, b, c, d = parameters(element, parametrization)
     return (a / (q2 + b) + c * jnp.exp(-d * q2)).sum(-1)
+
+
+def projected_potential(element: str, r: np.ndarray, parametrization: str = "lobato") -> np.ndarray:
+    """Potential of an atom projected along the beam [V Å] at radius r > 0 [Å].
+
+    Two-dimensional Fourier transform of `scattering_factor` in closed form; Kirkland (2010), eq. C.20, and its like for Lobato's terms.
+    """
+    r = np.asarray(r, float)[..., None]
+    if parametrization == "lobato":
+        a, b = parameters(element, "lobato")
+        x = 2 * np.pi * r / np.sqrt(b)
+        total = (2 * np.pi * a / b * (k0(x) + x / 2 * k1(x))).sum(-1)
+    else:
+        a, b, c, d = parameters(element, parametrization)
+        total = (2 * np.pi * a * k0(2 * np.pi * r * np.sqrt(b)) + np.pi * c / d * np.exp(-((np.pi * r) ** 2) / d)).sum(-1)
+    return POTENTIAL_PER_SCATTERING_FACTOR * total
+
+
+def panels(edges, counts) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights, panel by panel."""
+    nodes, weights = [], []
+    for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True):
+        x, w = np.polynomial.legendre.leggauss(int(n))
+        nodes.append((high + low + (high - low) * x) / 2)
+        weights.append(w * (high - low) / 2)
+    return np.concatenate(nodes), np.concatenate(weights)

@@ -41,6 +41,6 @@ def debye_waller_b_from_rms(rms: float) -> float:
     return 8 * math.pi**2 * rms**2
 
 
-def rms_from_debye_waller_b(debye_waller_b: float) -> float:
-    """Rms displacement along one axis [Å] of B [Å^2]."""
-    return math.sqrt(debye_waller_b / (8 * math.pi**2))
+def rms_from_debye_waller_b(debye_waller_b: ScalarLike) -> ScalarLike:
+    """Rms displacement along one axis [Å] of B [Å^2]; differentiable."""
+    return (debye_waller_b / (8 * math.pi**2)) ** 0.5

@@ -23,7 +23,8 @@ from jaxtyping import Complex, Float
 from .detector import AnnularDetector
 from .electron import wavelength
 from .gram import ColumnGram, DiscModes, Modes, bessel, complete_disc_modes, default_reach, disc_modes, require_full_symmetry
-from .radial import gauss_panels, radial_modes, thermal_scattering
+from .radial import radial_modes, thermal_scattering
+from .scattering import panels
 from .specimen import Column
 
 FAINTEST = 1e-8  # of the strongest incident wave's signal, below which waves are left out of a library
@@ -105,11 +106,11 @@ def prepare_channel(
     angles = np.append(angles, k_max)
     edge = max(default_reach(column, 1e3 * lam * aperture) + lam * aperture * column.spacing * (column.n_atoms - 1) / 2, POTENTIAL) + margin
     disc = edge + float(np.clip(edge_turns / abs(min(detector.edges) * 1e-3 / lam - aperture + 1e-9), 3.0, 8.0))
-    k, w_k = gauss_panels(angles, np.ceil(np.diff(angles) * 2 * (disc + 1.0) * oversampling) + 10)
+    k, w_k = panels(angles, np.ceil(np.diff(angles) * 2 * (disc + 1.0) * oversampling) + 10)
     weight = np.sqrt(2 * np.pi * k * w_k)
 
     def to_radii(edges, extra, orders):
-        r, w = gauss_panels(edges, np.ceil(np.diff(edges) * 4 * k_max * oversampling) + extra)
+        r, w = panels(edges, np.ceil(np.diff(edges) * 4 * k_max * oversampling) + extra)
         return r, bessel(orders, 2 * np.pi * np.outer(r, k)) * np.outer(np.sqrt(2 * np.pi * r * w), weight)
 
     orders = max(incident_disc(column, energy, aperture).order, math.ceil(2 * np.pi * k_max * core * 0.9))
