@@ -13,8 +13,8 @@
 # %% [markdown]
 # # How far can the forward model be trusted?
 #
-# Every depth that leaves this package is a comparison with simulated images. How large is their Monte-Carlo error, in ångström of depth? What does the
-# quick deterministic thermal model cost? What do aberrations and the choice of detector do? And may a particle be a sum of isolated columns?
+# Every depth that leaves this package is a comparison with simulated images. How large is the Monte-Carlo error of drawn thermal configurations, in ångström
+# of depth, and do they converge to the closed form that libraries are made of? What does a model with a single inelastic event cost? What do aberrations and the choice of detector do? And may a particle be a sum of isolated columns?
 #
 # Gold along [001], 300 kV, 21 mrad, 48-180 mrad; positive defocus is underfocus, lengths in Å.
 
@@ -32,7 +32,8 @@ import depthprob as dp
 from depthprob.physics.gram import default_cell, default_reach, laguerre_gauss_modes, prepare_sweep, required_sampling, sweep_column
 from depthprob.physics.library import CHEAP_ANGLE, CHEAP_CELL, column_images, thermal_draws
 from depthprob.physics.particle import images_from_gram, particle_gram
-from depthprob.physics.radial import absorptive_gram, ring_grams
+from depthprob.physics.radial import ring_grams
+from depthprob.physics.thermal import absorptive_gram
 
 SMALL = os.environ.get("DEPTHPROB_NOTEBOOKS") == "small"
 microscope = dp.Microscope(energy=300e3, convergence_angle=21.0, source_fwhm=0.7)
@@ -41,7 +42,7 @@ aperture = 21e-3 / dp.wavelength(300e3)
 B, SPACING, STEP = 0.63, 4.08, 4.0
 foci = np.arange(-80.0, 81.0, 40.0)
 with resources.as_file(resources.files("depthprob.data").joinpath("gram_Au_001.npz")) as path:
-    phonons = dp.load_gram(path)
+    closed = dp.load_gram(path)  # thermal motion averaged over all configurations at once
 
 
 def depth_fit(reference, above, below):
@@ -60,7 +61,7 @@ def depth_fit(reference, above, below):
 #
 # One thermal configuration after the other through a whole column, in plane waves. Independent groups, each with random displacements or with scrambled
 # Sobol points (the atoms nearest the detector vary first); images as they are, or averaged over the eight turns and mirrors of the square that the thermal mean
-# has (a library averages over all turns). The spread of the groups' mean depth is the error.
+# has. The spread of the groups' mean depth is the error. Then all configurations together against the closed form: it has to lie within that error.
 
 # %%
 n_atoms = 2 if SMALL else 4
@@ -132,6 +133,11 @@ axes[0].axhline(difference, color="black", lw=0.8, label="one two-level differen
 axes[0].set(xlabel="configurations", ylabel="error of the depth (Å)", title=f"{n_atoms} gold atoms")
 axes[1].set(xlabel="configurations", ylabel="error of the on-axis intensity (fraction)")
 axes[0].legend(fontsize=7)
+everything = mean[: len(foci)]
+exact = column_images(closed.blocks[0, n_atoms - 1 : n_atoms].astype(complex), closed.modes, microscope, np.concatenate([foci, foci - STEP, foci + STEP]) + closed.centre_of_mass[n_atoms - 1], cell, pixels)[0]
+off = float(depth_fit(*np.split(exact, 3))(everything))
+error = min(values[-1][0] for values in spread.values()) / np.sqrt(2 * groups)  # of the mean of all groups of both kinds
+print(f"all {2 * groups * most} configurations together fit the closed form at {off:.3f} ± {error:.3f} Å")
 print("configurations" + " " * 14 + " ".join(f"{m:7d}" for m in numbers))
 for name, values in spread.items():
     print(f"{name:22s} depth (Å) " + " ".join(f"{d:7.3f}" for d, _ in values) + "; intensity (%) " + " ".join(f"{100 * i:6.2f}" for _, i in values))
@@ -140,14 +146,14 @@ print(f"one symmetrised configuration scatters the depth by {alone:.3f} Å, accu
 # %% [markdown]
 # ## Thermal models
 #
-# The deterministic model lets an electron scatter diffusely once; frozen phonons (the packaged library, 512 configurations) let it go on. Exact for one atom,
-# it is too bright for more: an electron that one atom throws to the detector may be brought back by the next.
+# The absorptive model lets an electron scatter diffusely once; the closed thermal average lets it go on. The first is exact for one atom and too bright for
+# more: an electron that one atom throws to the detector may be brought back by the next.
 
 # %%
 still = absorptive_gram(dp.Column("Au", 2 if SMALL else 6, SPACING, B), 300e3, 21.0, detector)
 ratios, moved = [], []
 for n in range(1, still.n_max + 1):
-    frozen = column_images(phonons.blocks.mean(0)[n - 1 : n], phonons.modes, microscope, planes + phonons.centre_of_mass[n - 1], 10.0, 44)[0]
+    frozen = column_images(closed.blocks.mean(0)[n - 1 : n], closed.modes, microscope, planes + closed.centre_of_mass[n - 1], 10.0, 44)[0]
     quick = column_images(still.blocks[0, n - 1 : n], still.modes, microscope, planes + still.centre_of_mass[n - 1], 10.0, 44)[0]
     ratios.append(quick[len(foci) // 2, 0, 0] / frozen[len(foci) // 2, 0, 0] - 1)
     moved.append(float(depth_fit(*np.split(frozen, 3))(quick[: len(foci)])))
@@ -161,9 +167,6 @@ print("excess (%)     " + " ".join(f"{100 * r:6.2f}" for r in ratios))
 print("depth (Å)      " + " ".join(f"{d:6.2f}" for d in moved))
 
 # %% [markdown]
-# Some of the depth difference of short columns is no thermal model: the modes of the packaged library, made for twelve atoms, stop at a reach of 1.9 Å at
-# mid-height, and a single atom at its top comes out 0.17 Å too deep (against a reach of 3 Å, deterministic model).
-#
 # ## Aberrations
 #
 # The same Gram matrix under other lenses. Twofold astigmatism makes a cross of over- and underfocus, coma a tail; both move the brightest focus or place.
@@ -181,8 +184,8 @@ fig, axes = plt.subplots(2, len(lenses), figsize=(9, 4.6), sharex=True, sharey=T
 totals = {}
 for (name, aberrations), pair in zip(lenses.items(), axes.T, strict=True):
     lens = dp.Microscope(300e3, 21.0, 0.7, aberrations=aberrations)
-    shown = np.array([0.0, 60.0]) + phonons.centre_of_mass[n - 1]
-    images = column_images(phonons.blocks.mean(0)[n - 1 : n], phonons.modes, lens, shown, side, size)[0]
+    shown = np.array([0.0, 60.0]) + closed.centre_of_mass[n - 1]
+    images = column_images(closed.blocks.mean(0)[n - 1 : n], closed.modes, lens, shown, side, size)[0]
     totals[name] = images.sum((-1, -2)) * (side / size) ** 2
     for ax, image, focus in zip(pair, images, (0, 60), strict=True):
         ax.imshow(np.fft.fftshift(image), extent=(-side / 2, side / 2, side / 2, -side / 2), cmap="cividis", vmin=0)
@@ -261,6 +264,7 @@ if not SMALL:
     assert max(last.values()) < 0.5
     assert abs(last["Sobol, symmetrised"] / last["Sobol, as it is"] - 1) < 0.05  # symmetry is not what a depth lacks
     assert difference < 0.5 * alone  # the control variate works
+    assert abs(off) < 4 * error + 0.05  # periodic images of the column are in these, 0.05 Å
     assert max(ratios) < 0.15
 assert abs(ratios[0]) < 0.01  # exact for one atom
 np.testing.assert_allclose(profiles[:3].sum(0), profiles[3], rtol=1e-3, atol=1e-6)

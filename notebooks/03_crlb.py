@@ -41,7 +41,8 @@ column = dp.Column("Au", n_atoms, 4.08, 0.63)
 # ## The series and its derivatives by single atoms
 #
 # Slices (x, z) through the column's axis, as in the paper's Figure 1: expected counts, and what moving the first, second and seventh atom down by 1 Å would
-# add. The derivatives look alike and differ in sign and place only gently; that is why single atoms are hard to tell apart.
+# add. Thermal motion is averaged in closed form, over all configurations at once, so nothing here is noise. The derivatives look alike and differ only gently
+# in place and sign; that is why single atoms are hard to tell apart.
 
 # %%
 counts = atom_counts(column, microscope, detector, series)
@@ -58,9 +59,10 @@ for ax, entry in zip(axes, shown, strict=True):
 axes[0].set_ylabel("defocus (Å)")
 
 # %% [markdown]
-# ## Bounds on single atoms: the deterministic model
+# ## Bounds on single atoms
 #
-# No Monte-Carlo noise and exact derivatives. Below the bounds, what is known instead: combinations of atoms, best known first.
+# No Monte-Carlo noise and exact derivatives. Below the bounds, what is known instead: combinations of atoms, best known first. The ends of the column are
+# known best, to some tens of ångström, about as in the paper; inner atoms five times worse than there.
 
 # %%
 exact = information_of(poisson_fisher(counts[0], counts[1:]))
@@ -100,12 +102,11 @@ print(f"largest difference of a derivative: {abs(np.array(differences) - counts[
 # of configurations, raw and averaged over turns and mirrors; then derivatives from two groups at a time, whose noise is independent, so that the
 # bias goes. Such a product need not be positive: where its inverse is not, nothing can be said.
 #
-# The paper's Table 2 lies where a few symmetrised configurations lie, one to two orders of magnitude below the bound without Monte-Carlo noise. Four
-# combinations of atoms come out alike both ways; the other six are noise in any affordable number of configurations. The bound of the whole column is
-# robust: 0.27 Å from frozen phonons, 0.24 Å from the deterministic model, whose images are brighter.
+# The paper's even values over the whole column are what a number of symmetrised configurations gives: noise bounds all atoms alike. Without it the bound
+# falls and rises tenfold along the column. The bound of the whole column is robust.
 
 # %%
-found = phonon_information(column, microscope, detector, series, (1,) if SMALL else (1, 4, 8), groups=2 if SMALL else 4)
+found = phonon_information(column, microscope, detector, series, (1,) if SMALL else (1, 4), groups=2 if SMALL else 4)
 print("configurations                 bound on each atom (nm), mean and standard error over groups")
 for f in found:
     for name, fisher in (("raw", f.raw), ("symmetrised", f.symmetrised)):
@@ -113,8 +114,8 @@ for f in found:
         print(f"{f.configurations:4d} {name:12s}  " + " ".join(f"{m:5.2f}±{e:4.2f}" for m, e in zip(sd.mean(0), sd.std(0, ddof=1) / len(sd) ** 0.5, strict=True)))
 last = found[-1]
 print("crossed groups, eigenvalues (1/Å²): " + " ".join(f"{v:.2g}" for v in np.linalg.eigvalsh(last.crossed.mean(0))[::-1]))
-print("deterministic, eigenvalues:         " + " ".join(f"{v:.2g}" for v in exact.eigenvalues))
-print(f"whole column (Å): deterministic {exact.column_sd:.3f}; frozen phonons " + "; ".join(f"{f.configurations} configurations {f.symmetrised.sum((1, 2)).mean() ** -0.5:.3f} symmetrised, {f.crossed.sum((1, 2)).mean() ** -0.5:.3f} crossed" for f in found))
+print("closed form, eigenvalues:           " + " ".join(f"{v:.2g}" for v in exact.eigenvalues))
+print(f"whole column (Å): closed form {exact.column_sd:.3f}; frozen phonons " + "; ".join(f"{f.configurations} configurations {f.symmetrised.sum((1, 2)).mean() ** -0.5:.3f} symmetrised, {f.crossed.sum((1, 2)).mean() ** -0.5:.3f} crossed" for f in found))
 
 # %%
 fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
@@ -122,7 +123,7 @@ for name, marker, colour in (("raw", "o", "#D55E00"), ("symmetrised", "s", "#007
     for f, alpha in zip(found, np.linspace(0.35, 1, len(found)), strict=True):
         sd = np.array([information_of(g).atom_sd for g in getattr(f, name)]) / 10
         ax.errorbar(np.arange(1, n_atoms + 1), sd.mean(0), sd.std(0, ddof=1) / len(sd) ** 0.5, fmt=marker, color=colour, alpha=alpha, label=f"{name}, {f.configurations}")
-ax.plot(np.arange(1, n_atoms + 1), exact.atom_sd / 10, "k-", label="deterministic")
+ax.plot(np.arange(1, n_atoms + 1), exact.atom_sd / 10, "k-", label="closed form")
 if not SMALL:
     ax.plot(np.arange(1, n_atoms + 1), paper, "kx", label="paper's Table 2")
 ax.set(yscale="log", xlabel="atom, top first", ylabel="bound on its depth (nm)")
@@ -137,7 +138,7 @@ ax.legend(fontsize=7, ncols=2)
 
 # %%
 largest = 5 if SMALL else 45
-library = dp.build_library(dp.Column("Au", largest, 4.08, 0.63), microscope, detector, model="absorptive")
+library = dp.build_library(dp.Column("Au", largest, 4.08, 0.63), microscope, detector)
 numbers = np.array([2, 5]) if SMALL else np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 20, 25, 30, 35, 40, 45])
 unknown = ("positions", "background", "gain", "image_shifts")
 i, j = np.meshgrid(np.arange(-2, 3), np.arange(-2, 3))
@@ -186,4 +187,4 @@ for tighter, looser in zip(list(curves.values())[:-1], list(curves.values())[1:]
     assert np.all(np.array(tighter) < 1.01 * np.array(looser)), "unknowns cannot lower a bound"
 if not SMALL:
     assert max(curves["isolated, all known"]) < 1.0
-    assert exact.atom_sd.max() > 40.0  # longer than the column: single atoms are not measured
+    assert exact.atom_sd.max() > 200.0 and exact.atom_sd.min() > 20.0  # longer than the column: single atoms are not measured

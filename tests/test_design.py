@@ -21,8 +21,8 @@ from depthprob.inference.design import (
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.library import at_points, column_images
 from depthprob.physics.optics import Microscope
-from depthprob.physics.radial import absorptive_gram
 from depthprob.physics.specimen import Column
+from depthprob.physics.thermal import absorptive_gram
 
 MICROSCOPE = Microscope(energy=3e5, convergence_angle=20.0, source_fwhm=0.7)
 FOCI = np.arange(-120, 121, 20.0)

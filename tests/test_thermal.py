@@ -16,7 +16,7 @@ from depthprob.physics.library import column_images, load_gram
 from depthprob.physics.optics import Microscope
 from depthprob.physics.radial import prepare_radial, radial_gram
 from depthprob.physics.specimen import Column
-from depthprob.physics.thermal import depth_derivatives, gram_of_depths, incident_disc, prepare_channel, principal_modes, thermal_gram
+from depthprob.physics.thermal import absorptive_gram, depth_derivatives, gram_of_depths, incident_disc, prepare_channel, principal_modes, thermal_gram
 
 ENERGY, ANGLE = 200e3, 20.0
 DETECTOR = AnnularDetector(40.0, 90.0)
@@ -148,3 +148,15 @@ def test_principal_modes_keep_the_form():
     assert modes.radial.shape[:2] == (4, 6)
     lifted = modes.radial.swapaxes(1, 2) @ few @ modes.radial.conj()
     np.testing.assert_allclose(lifted, (disc.radial.swapaxes(1, 2) @ blocks @ disc.radial.conj())[:, :4], atol=1e-12 * abs(lifted).max())
+
+
+def test_the_absorptive_model_is_the_single_event_model():
+    column = Column("Cu", 2, 2.55, 0.55)
+    microscope = Microscope(ENERGY, ANGLE, source_fwhm=0.7)
+    at = lambda blocks, modes: column_images(np.asarray(blocks, complex)[None], modes, microscope, np.array([-30.0, 10.0]) + 1.275, 12.0, 100)
+    ours = absorptive_gram(column, ENERGY, ANGLE, DETECTOR)
+    with jax.enable_x64(True):
+        wide = laguerre_gauss_modes(4.0, APERTURE)  # so that their taper does not matter
+        theirs = radial_gram(jnp.array([-1.275, 1.275]), prepare_radial(column, ENERGY, APERTURE, DETECTOR, wide, thermal_nodes=12))
+    reference = at(theirs, wide)
+    np.testing.assert_allclose(at(ours.blocks[0, 1], ours.modes), reference, atol=3e-3 * reference.max())

@@ -20,7 +20,7 @@ from jaxtyping import Array, Complex, Float
 
 from .detector import AnnularDetector
 from .electron import interaction_parameter, wavelength
-from .gram import ColumnGram, Modes, bessel, default_reach, laguerre_gauss_modes, mode_spectra, require_full_symmetry
+from .gram import Modes, bessel, mode_spectra, require_full_symmetry
 from .scattering import panels, projected_potential
 from .specimen import Column, rms_from_debye_waller_b
 
@@ -232,22 +232,3 @@ def ring_grams(
 def _depths(column: Column) -> Float[Array, " atom"]:
     """z of each atom about the middle of the column [Å]."""
     return (jnp.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * column.spacing
-
-
-def absorptive_gram(
-    column: Column,
-    energy: float,
-    convergence_angle: float,
-    detector: AnnularDetector,
-    parametrization: str = "lobato",
-) -> ColumnGram:
-    """Gram matrices of isolated columns of 1 to column.n_atoms atoms from the deterministic thermal model, one scrambling.
-
-    Without noise, and in seconds where frozen phonons take minutes to hours; brighter by 2 to 11 % from three to ten atoms of gold.
-    """
-    aperture = convergence_angle * 1e-3 / float(wavelength(energy))
-    reach = default_reach(column, convergence_angle)
-    with jax.enable_x64(True):
-        radial = prepare_radial(column, energy, aperture, detector, laguerre_gauss_modes(reach, aperture), parametrization)
-        blocks = jax.jit(radial_grams)(_depths(column), radial)
-    return ColumnGram.of(blocks[None], column, energy, aperture, detector, reach, 0, parametrization)

@@ -213,6 +213,26 @@ def thermal_gram(
     accuracy
         As for `prepare_channel`.
     """
+    return _grams(scattered, math.inf, column, energy, convergence_angle, detector, parametrization, progress, **accuracy)
+
+
+def absorptive_gram(
+    column: Column,
+    energy: float,
+    convergence_angle: float,
+    detector: AnnularDetector,
+    parametrization: str = "lobato",
+    progress: Callable = lambda items, **_: items,
+) -> ColumnGram:
+    """As `thermal_gram`, but that diffuse electrons go straight to the detector: a single inelastic event.
+
+    Exact for one atom and brighter than the full average for more, by 3 to 9 % from two to six atoms of gold.
+    """
+    straight = lambda form, channel: _conjugate(form, channel.transmitted)
+    return _grams(straight, 0, column, energy, convergence_angle, detector, parametrization, progress)
+
+
+def _grams(step, configurations, column, energy, convergence_angle, detector, parametrization, progress, **accuracy) -> ColumnGram:
     aperture = convergence_angle * 1e-3 / float(wavelength(energy))
     modes = incident_disc(column, energy, aperture)
     channel = prepare_channel(column, energy, aperture, detector, parametrization, **accuracy)
@@ -221,11 +241,11 @@ def thermal_gram(
     bare = np.diag(channel.detected)
     gain, blocks = np.zeros_like(channel.gained), []
     for _ in progress(range(column.n_atoms), desc="column library", unit="atom"):  # one on top of the others
-        gain = channel.gained + scattered(flown(gain, float(column.spacing), channel), channel)
+        gain = channel.gained + step(flown(gain, float(column.spacing), channel), channel)
         blocks.append(in_modes(gain + bare, waves))
     blocks, modes = principal_modes(np.stack(blocks), modes)
     reach = default_reach(column, convergence_angle)
-    return ColumnGram.of(blocks[None], column, energy, aperture, detector, reach, math.inf, parametrization, radial=modes.radial)
+    return ColumnGram.of(blocks[None], column, energy, aperture, detector, reach, configurations, parametrization, radial=modes.radial)
 
 
 def principal_modes(blocks: Complex[np.ndarray, "n l p p"], modes: DiscModes, faintest: float = FAINTEST) -> tuple[np.ndarray, DiscModes]:

@@ -18,9 +18,8 @@ from ..physics.electron import wavelength
 from ..physics.gram import ColumnGram, has_full_symmetry
 from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load_gram, save_gram
 from ..physics.optics import Microscope
-from ..physics.radial import absorptive_gram
 from ..physics.specimen import Column
-from ..physics.thermal import thermal_gram
+from ..physics.thermal import absorptive_gram, thermal_gram
 from .lattice import CrystalColumns, UnitCell, crystal_columns, unit_cell
 
 SCRAMBLINGS = 8  # fewer make no depth error one can trust
@@ -88,7 +87,7 @@ def gram_of(
     """
     energy, angle = float(microscope.energy), float(microscope.convergence_angle)
     if model == "absorptive":
-        return absorptive_gram(column, energy, angle, detector, parametrization)
+        return absorptive_gram(column, energy, angle, detector, parametrization, progress)
     wanted = {
         "element": column.element,
         "spacing": round(float(column.spacing), 6),
