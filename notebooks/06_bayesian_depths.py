@@ -155,7 +155,8 @@ for ax, (name, check) in zip(axes, checks.items(), strict=True):
 # %%
 for method in ("laplace", "svi", "nuts"):
     assert min(dp.uniformity(places) for places in checks[method].places.values()) > 1e-4  # seven parameters each: one alarm in 1400
-assert dp.uniformity(checks["nuts, gain of 3 forgotten"].places["depth"]) < (0.05 if SMALL else 1e-4)
+if not SMALL:  # eight fits are too few to tell
+    assert dp.uniformity(checks["nuts, gain of 3 forgotten"].places["depth"]) < 1e-4
 for level, share in covered["all unknown"].items():
     margin = 3.5 * np.sqrt(level * (1 - level) / len(r))
     assert abs(share - level) < margin, (level, share)

@@ -31,7 +31,7 @@ FAINTEST = 1e-8  # of the strongest incident wave's signal, below which waves ar
 CORE = 0.9  # Å; the diffuse scattering of gold from further out is under 1e-3 of it
 POTENTIAL = 4.0  # Å; an atom is neglected beyond
 REACH = 1.0  # Å beyond `default_reach` at which incident waves matter: the potential's tail
-MARGIN = 1.5  # Å from the outermost incident ray to the absorbing edge of the disc
+MARGIN = 1.6  # times the probe's width, 1 / aperture, from the outermost incident ray to the absorbing edge of the disc
 EDGE = 6.0  # width of that edge times the frequency between aperture and detector: a sharper one scatters incident waves into the detector
 
 
@@ -104,8 +104,8 @@ def prepare_channel(
     angles = np.unique([0.0, aperture, *(np.array(detector.edges) * 1e-3 / lam)])
     k_max = 1.3 * (angles[-1] + aperture)  # as far as an atom must scatter for 0.1 % of the signal
     angles = np.append(angles, k_max)
-    edge = max(default_reach(column, 1e3 * lam * aperture) + lam * aperture * column.spacing * (column.n_atoms - 1) / 2, POTENTIAL) + margin
-    disc = edge + float(np.clip(edge_turns / abs(min(detector.edges) * 1e-3 / lam - aperture + 1e-9), 3.0, 8.0))
+    edge = max(default_reach(column, 1e3 * lam * aperture) + lam * aperture * column.spacing * (column.n_atoms - 1) / 2, POTENTIAL) + margin / aperture
+    disc = edge + float(np.clip(edge_turns / abs(min(detector.edges) * 1e-3 / lam - aperture + 1e-9), 3.0, 16.0))
     k, w_k = panels(angles, np.ceil(np.diff(angles) * 2 * (disc + 1.0) * oversampling) + 10)
     weight = np.sqrt(2 * np.pi * k * w_k)
 
