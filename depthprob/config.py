@@ -414,7 +414,11 @@ class SimulationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ThermalConfig:
-    """[thermal]: how atoms shake."""
+    """[thermal]: how atoms shake.
+
+    `configurations` and `seed` are drawn for structure files, tilted columns and detectors that are not round; other columns are averaged
+    over all configurations in closed form.
+    """
 
     model: str = _key("frozen_phonon", _choice(("frozen_phonon", "absorptive")))
     configurations: int = _key(32, _number(at_least=1, whole=True))

@@ -6,7 +6,8 @@ than the plane waves of a cell that holds the defocused probe: the Laguerre-Gaus
 column's neighbourhood in position and in angle (150 instead of 950 waves, on a cell a third as large for the paper's settings).
 The mean over thermal motion of an isolated column with an annular detector has the full rotation and mirror symmetry, so G is block
 diagonal in l with equal blocks for l and -l: averaging over that group is a matter of keeping those blocks. A tilted column under a round
-detector keeps one mirror of it, a detector with a measured map nothing: their matrices are kept whole.
+detector keeps one mirror of it, a detector with a measured map nothing: their matrices are kept whole. Means in closed form (`thermal`) come
+in `DiscModes`, which need no taper.
 """
 
 import dataclasses

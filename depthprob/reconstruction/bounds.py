@@ -14,7 +14,7 @@ from .pipeline import GAUGE
 
 ATOM_MODEL = (
     "independent thermal displacements, averaged in closed form: no Monte-Carlo error, hence a standard error of zero, and exact derivatives; "
-    "finer grids change the bounds by less than 1 %"
+    "zero is no accuracy: how far finer grids move bounds beyond the column's length is not measured"
 )
 
 

@@ -54,7 +54,8 @@ def build_library(
     z_range : (low, high)
         Range of defocus minus depth to cover [Å].
     configurations, seed : int
-        Thermal configurations over all eight scramblings, and where their random numbers start.
+        Thermal configurations over all eight scramblings, and where their random numbers start; of a tilted column or a detector that
+        is not round alone, since others are averaged in closed form.
     model : "frozen_phonon" or "absorptive"
     sampling : float, optional
         Of the potential [Å]; by default what the detector needs.
