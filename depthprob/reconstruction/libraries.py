@@ -16,7 +16,7 @@ from ..io import read_atoms
 from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
 from ..physics.gram import ColumnGram, has_full_symmetry
-from ..physics.library import ColumnLibrary, build_gram, library_from_gram, load_gram, save_gram
+from ..physics.library import ColumnLibrary, build_gram, is_round, library_from_gram, load_gram, save_gram
 from ..physics.optics import Microscope
 from ..physics.specimen import Column
 from ..physics.thermal import absorptive_gram, thermal_gram
@@ -232,6 +232,23 @@ def gram_for(config: Config, n_max: int, progress: Callable, scramblings: int = 
 def library_for(config: Config, n_max: int, progress: Callable) -> ColumnLibrary:
     """`build_library` for the config's columns up to n_max atoms and its foci."""
     return _library_of(gram_for(config, n_max, progress), microscope_of(config), z_range_of(config))
+
+
+def neighbouring_libraries(config: Config, n_max: int, progress: Callable) -> dict[str, tuple[ColumnLibrary, float]]:
+    """Libraries of a lens a little different from the config's, by what differs, with the difference; none where each would take minutes.
+
+    convergence_angle [mrad], spherical_aberration [Å] and focal_variance [Å^2], the square of the focal spread; of round lenses, columns and detectors.
+    """
+    lens = microscope_of(config)
+    if config.thermal.model == "absorptive" or not (is_round(lens) and has_full_symmetry(column_of(config, n_max), detector_of(config))):
+        return {}
+    gram = gram_for(config, n_max, progress)
+    moved = {
+        "convergence_angle": (dataclasses.replace(lens, convergence_angle=lens.convergence_angle - 0.2), -0.2),
+        "spherical_aberration": (dataclasses.replace(lens, spherical_aberration=lens.spherical_aberration + 4e3), 4e3),
+        "focal_variance": (dataclasses.replace(lens, focal_spread=(lens.focal_spread**2 + 64.0) ** 0.5), 64.0),
+    }
+    return {name: (library_from_gram(gram, other, z_range_of(config)), step) for name, (other, step) in moved.items()}
 
 
 def atoms_needed(config: Config, volumes: np.ndarray, progress: Callable) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..config import Config, read_config
 from ..errors import InputError
-from ..inference import likelihood, local
+from ..inference import held, likelihood, local
 from ..inference.counts import depth_shifts, marginal_draws, mean_square_shift
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
 from ..inference.likelihood import field_of, goodness_of_fit, make_problem
@@ -28,10 +28,12 @@ from .columns import central_average, find_columns, fit_columns
 from .counting import count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .lattice import snap
-from .libraries import atoms_needed, column_geometry, detector_of, library_for, microscope_of, read_variance_of
+from .libraries import atoms_needed, column_geometry, detector_of, library_for, microscope_of, neighbouring_libraries, read_variance_of
 
 GAUGE = "absolute: z = 0 is the plane in focus at defocus 0 (the focus offset is held at zero)"
 GAUGE_FREE = "relative: with a free focus offset only depths relative to the field's mean are measured, and the mean of all depths is zero"
+
+HELD = "beam energy, convergence angle, aberrations, detector angles, Debye-Waller factor, source size, foci"
 
 
 @dataclass
@@ -182,6 +184,7 @@ def reconstruct(
     columns = fit_columns(average, found, pixel, periodic)
 
     stages("library")
+    ours = library is None
     if library is None:
         library = library_for(config, atoms_needed(config, columns.volume, progress), progress)
     if not np.isclose(library.spacing, geometry.spacing, rtol=1e-3) or library.element != config.specimen.element:
@@ -271,6 +274,10 @@ def reconstruct(
     if abs(depth - gaussian_depth)[np.isfinite(gaussian_depth)].max(initial=0) > 15:
         warnings.append("The two estimators differ by more than 15 Å for some columns; look at their series before trusting either.")
 
+    stages("held settings")
+    tested = held.asked(estimate, problem, neighbouring_libraries(config, library.n_max, progress) if ours else {})
+    warnings += doubts(tested, config, float(np.median(depth_sd)))
+
     stages("lattice")
     position_sd = np.stack([estimate.sd("x"), estimate.sd("y")], 1) if "x" in problem.free else np.zeros_like(positions)
     lean = np.asarray(config.specimen.tilt_mrad) * 1e-3  # what the tilt moves aside, Å per Å of depth
@@ -283,6 +290,9 @@ def reconstruct(
     poor = np.flatnonzero(fit_quality > 5)
     if len(poor):
         warnings.append(f"{len(poor)} of {len(n_now)} columns fit badly (goodness of fit above 5 standard deviations): columns {', '.join(map(str, poor[:12]))}.")
+    pooled = float(np.nanmean(fit_quality)) * len(n_now) ** 0.5
+    if np.nanmean(fit_quality) > 0.75 and pooled > 5:
+        warnings.append(f"The fit as a whole is worse than noise allows: goodness of fit {np.nanmean(fit_quality):.2f} on average over columns, {pooled:.0f} standard deviations of that. Check what is held fixed: {HELD}.")
     if config.thermal.model == "absorptive":
         warnings.append("The absorptive library is brighter than frozen phonons, by 2 to 11 % from three to ten atoms of gold, and its error is not in the error bars: counts and depths are provisional.")
     if not dispersed and spread.value > max(1.2, 1 + 5 * spread.sd):
@@ -335,7 +345,7 @@ def reconstruct(
         column_series=baseline.intensity,
         gaussian_fit_series=baseline.model,
         joint_fit_series=joint_series,
-        diagnostics=result.diagnostics | {"dispersion": spread.value, "dispersion_sd": spread.sd, "stages": stages.seconds},
+        diagnostics=result.diagnostics | {"dispersion": spread.value, "dispersion_sd": spread.sd, **{f"asked of {name} (sd)": a.significance for name, a in tested.items()}, "stages": stages.seconds},
         warnings=warnings,
         provenance=_provenance(config, stages.seconds, method, library),
         gauge=GAUGE_FREE if relative else GAUGE,
@@ -343,6 +353,28 @@ def reconstruct(
         data=to_arviz(result, problem, relative),
         truth=truth,
     )
+
+
+def doubts(tested: dict[str, held.Asked], config: Config, depth_sd: float) -> list[str]:
+    """A warning of held settings that the residuals ask to be others, by five standard deviations and enough to matter to depths; the strongest first."""
+    lens = config.microscope
+    fwhm = lambda change: max(lens.source_fwhm_A**2 + 8 * np.log(2) * change, 0) ** 0.5
+    spread = lambda change: max(lens.focal_spread_A**2 + change, 0) ** 0.5
+    words = {
+        "focus_step": lambda a: f"focus steps {1 + a.change:.3f} ± {a.sd:.3f} times those given",
+        "source_variance": lambda a: f"a source image of {fwhm(a.change):.2f} Å FWHM where {lens.source_fwhm_A:g} is given",
+        "convergence_angle": lambda a: f"a convergence angle of {lens.convergence_angle_mrad + a.change:.2f} ± {a.sd:.2f} mrad where {lens.convergence_angle_mrad:g} is given",
+        "spherical_aberration": lambda a: f"C3 = {lens.spherical_aberration_mm + a.change * 1e-7:.5f} ± {a.sd * 1e-7:.5f} mm where {lens.spherical_aberration_mm:g} is given",
+        "focal_variance": lambda a: f"a focal spread of {spread(a.change):.0f} Å where {lens.focal_spread_A:g} is given",
+    }
+    possible = {name: a for name, a in tested.items() if name != "focal_variance" or lens.focal_spread_A > 0 or a.change > 0}
+    sure = [name for name, a in possible.items() if abs(a.significance) > 5 and np.abs(a.depth_moves).max() > depth_sd / 4]
+    if not sure:
+        return []
+    first, *others = sorted(sure, key=lambda name: -abs(tested[name].significance))
+    a = tested[first]
+    text = f"The residuals ask for {words[first](a)} ({abs(a.significance):.0f} standard deviations; depths would move by up to {np.abs(a.depth_moves).max():.1f} Å)"
+    return [text + "".join(f"; or, less well, for {words[name](tested[name])}" for name in others) + "."]
 
 
 def _provenance(config: Config, seconds: dict, method: str, library: ColumnLibrary) -> dict:

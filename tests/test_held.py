@@ -1,0 +1,94 @@
+"""Score tests of held settings: standard normal where all is right, the free fit's answer where not."""
+
+import dataclasses
+
+import equinox as eqx
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from depthprob.config import Config
+from depthprob.inference import local
+from depthprob.inference.held import Asked, asked
+from depthprob.inference.likelihood import make_problem, maximum
+from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
+from depthprob.reconstruction.pipeline import doubts
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+FOCI = np.linspace(-150, 150, 9)
+FIELD = Field(
+    np.array([[2.7, 0.7], [4.74, 2.74], [2.7, 4.78], [4.74, 6.82]]), np.array([4, 7, 5, 9]), np.array([-3.0, 1.0, 4.0, 0.0]), np.full(9, 2e-3), np.ones(9), np.zeros((9, 2))
+)
+
+
+def series(foci=FOCI):
+    return FocalSeries(foci, 0.34, np.full(len(FOCI), 9612.0), (24, 22), True)
+
+
+def fitted(library, key, foci=FOCI, free=(), source_variance=0.0, dense=True):
+    """Counts of the field recorded at `foci` and with a wider source, fitted as if recorded at FOCI."""
+    truth = dataclasses.replace(FIELD, source_variance=source_variance)
+    counts = np.random.default_rng(key).poisson(np.asarray(expected_counts(truth, library, series(foci)), float))
+    problem = make_problem(counts, FIELD, library, series(), ("positions", "background", "gain", "image_shifts", *free), dense=dense)
+    return (maximum if dense else local.maximum)(problem), problem
+
+
+@pytest.mark.slow
+def test_statistics_are_standard_normal_where_all_settings_are_right(library):
+    results = [asked(*fitted(library, key), {}) for key in range(40)]
+    for name in ("focus_step", "source_variance"):
+        squares = sum(r[name].significance ** 2 for r in results)
+        assert 1e-4 < chi2.sf(squares, 40) < 1 - 1e-4  # the share of right statistics that this rejects, twice
+
+
+def test_a_library_of_another_setting_is_asked_as_the_setting_itself(library):
+    estimate, problem = fitted(library, 2, source_variance=0.02)
+    frequency = np.fft.fftfreq(library.images.shape[1], library.pixel)
+    damping = np.exp(-2 * np.pi**2 * 1e-3 * (frequency[:, None] ** 2 + frequency**2))
+    wider = eqx.tree_at(lambda l: l.images, library, np.fft.ifft2(np.fft.fft2(library.images) * damping).real.astype(np.float32))
+    results = asked(estimate, problem, {"wider": (wider, 1e-3)})
+    assert results["wider"].significance > 3
+    assert results["wider"].change == pytest.approx(results["source_variance"].change, rel=0.02)
+    np.testing.assert_allclose(results["wider"].depth_moves, results["source_variance"].depth_moves, atol=0.02)
+
+
+@pytest.mark.parametrize("name, word, wrong", [("focus_step", "focus_step", {"foci": FOCI * 1.01}), ("source_variance", "source_size", {"source_variance": 0.004})])
+def test_a_wrong_setting_is_asked_for_as_a_fit_that_frees_it_finds_it(library, name, word, wrong):
+    held, problem = fitted(library, 3, **wrong)
+    free, _ = fitted(library, 3, free=(word,), **wrong)
+    result = asked(held, problem, {})[name]
+    assert result.sd == pytest.approx(free.sd(name)[0], rel=0.05)
+    assert result.change == pytest.approx(float(free.parameters[name] - held.parameters[name]), abs=0.3 * result.sd)
+    moved = np.asarray(free.parameters["depth"] - held.parameters["depth"])
+    np.testing.assert_allclose(result.depth_moves, moved, atol=0.1 * held.sd("depth").max())
+    assert word not in asked(free, dataclasses.replace(problem, free=(*problem.free, name)), {})
+
+
+def test_large_fields_are_asked_the_same(library):
+    dense, windows = (asked(*fitted(library, 5, foci=FOCI * 1.01, dense=d), {}) for d in (True, False))
+    for name in dense:
+        assert windows[name].significance == pytest.approx(dense[name].significance, abs=0.1)  # windows leave out faint tails
+
+
+def test_a_setting_that_the_fit_can_take_over_is_not_asked(library):
+    estimate, problem = fitted(library, 1)
+    brighter = eqx.tree_at(lambda l: l.images, library, library.images * 1.01)  # what the gains of all images do
+    result = asked(estimate, problem, {"brightness": (brighter, 0.01)})["brightness"]
+    assert result.sd > 0.5 * 0.1 / 9**0.5  # all that is known of the common gain of nine images is their prior
+    assert np.abs(result.depth_moves).max() < 0.1 * estimate.sd("depth").min()
+
+
+def test_the_warning_names_what_is_given_and_what_is_asked_strongest_first():
+    moves = np.array([0.3, -0.6])
+    tested = {
+        "focus_step": Asked(-0.03, 0.001, moves),
+        "convergence_angle": Asked(-0.2, 0.02, moves),
+        "source_variance": Asked(0.01, 0.0001, moves / 100),  # certain, but depths do not care
+        "spherical_aberration": Asked(1e3, 1e3, moves * 10),  # uncertain
+        "focal_variance": Asked(-90.0, 1.0, moves),  # not possible
+    }
+    (warning,) = doubts(tested, Config(), 0.5)
+    assert warning.startswith("The residuals ask for focus steps 0.970 ± 0.001 times those given (30 standard deviations; depths would move by up to 0.6 Å); or")
+    assert warning.endswith("for a convergence angle of 20.80 ± 0.02 mrad where 21 is given.")
+    assert doubts({"focal_variance": Asked(0.0, np.inf, np.zeros(2))}, Config(), 0.5) == []
