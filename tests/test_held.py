@@ -27,10 +27,10 @@ def series(foci=FOCI):
 
 
 def fitted(library, key, foci=FOCI, free=(), source_variance=0.0, dense=True):
-    """Counts of the field recorded at `foci` and with a wider source, fitted as if recorded at FOCI."""
+    """Counts of the field recorded at `foci` and with a wider source, fitted as if recorded at FOCI; with next to no priors, as the tests are without."""
     truth = dataclasses.replace(FIELD, source_variance=source_variance)
     counts = np.random.default_rng(key).poisson(np.asarray(expected_counts(truth, library, series(foci)), float))
-    problem = make_problem(counts, FIELD, library, series(), ("positions", "background", "gain", "image_shifts", *free), dense=dense)
+    problem = make_problem(counts, FIELD, library, series(), ("positions", "background", "gain", "image_shifts", *free), dense=dense, prior_sd={"log_background": 10.0})
     return (maximum if dense else local.maximum)(problem), problem
 
 
@@ -75,8 +75,7 @@ def test_a_setting_that_the_fit_can_take_over_is_not_asked(library):
     estimate, problem = fitted(library, 1)
     brighter = eqx.tree_at(lambda l: l.images, library, library.images * 1.01)  # what the gains of all images do
     result = asked(estimate, problem, {"brightness": (brighter, 0.01)})["brightness"]
-    assert result.sd > 0.5 * 0.1 / 9**0.5  # all that is known of the common gain of nine images is their prior
-    assert np.abs(result.depth_moves).max() < 0.1 * estimate.sd("depth").min()
+    assert np.isinf(result.sd) and not result.depth_moves.any()
 
 
 def test_the_warning_names_what_is_given_and_what_is_asked_strongest_first():

@@ -435,21 +435,17 @@ def crlb(
 
 
 def depth_bounds(fisher: np.ndarray, problem: Problem, relative: bool = False) -> np.ndarray:
-    """The same from the Fisher information (P, P) over the problem's free parameters.
-
-    Background enters with its Poisson information; a direction without any (below 1e-12 of the largest) is left out.
-    """
-    names = parameter_names(problem)
-    gauge = np.zeros_like(fisher)
-    for name in ("shift_x", "shift_y"):
-        chosen = np.array([i for i, (n, _) in enumerate(names) if n == name], int)
-        if len(chosen):
-            gauge[np.ix_(chosen, chosen)] += 1 / (len(chosen) * MEAN_SHIFT_SD) ** 2
-    scale = np.sqrt(np.maximum(np.diag(fisher), 1e-30))
-    bound = np.linalg.pinv((fisher + gauge) / np.outer(scale, scale), rcond=1e-12, hermitian=True) / np.outer(scale, scale)
+    """The same from the Fisher information (P, P) over the problem's free parameters; background enters with its Poisson information."""
     n = len(problem.n_atoms)
-    depths = bound[:n, :n]
+    depths = covariance_of(fisher, problem)[:n, :n]
     return np.sqrt(less_mean(np.diag(depths), depths.mean(1)) if relative else np.diag(depths))
+
+
+def covariance_of(fisher: np.ndarray, problem: Problem) -> np.ndarray:
+    """Inverse of the Fisher information (P, P) over the free parameters, with no prior but the gauge; a direction without any (below 1e-12 of the largest) is left out."""
+    gauge = prior_precision(problem) - np.diag(prior_curvature(problem))
+    scale = np.sqrt(np.maximum(np.diag(fisher), 1e-30))
+    return np.linalg.pinv((fisher + gauge) / np.outer(scale, scale), rcond=1e-12, hermitian=True) / np.outer(scale, scale)
 
 
 class Amplitudes(NamedTuple):

@@ -659,13 +659,14 @@ def _diagonal(matrix: ArrowMatrix) -> np.ndarray:
     return out
 
 
-def column_bounds(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
-    """Cramér-Rao bound on the depth of each column (C,) [Å] at an estimate, no prior but the gauge, as `likelihood.column_bounds`.
+def factor_of(matrix: ArrowMatrix, problem: Problem) -> ArrowFactor:
+    """Factor of the Fisher information over the free parameters, with no prior but the gauge and a part in 10^10 for directions that no image informs."""
+    return ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix), gauge(problem)))
 
-    A part in 10^10 is added to the diagonal for directions that no image informs.
-    """
-    matrix = estimate.information
-    factor = ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix), gauge(problem)))
+
+def column_bounds(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
+    """Cramér-Rao bound on the depth of each column (C,) [Å] at an estimate, no prior but the gauge, as `likelihood.column_bounds`."""
+    factor = factor_of(estimate.information, problem)
     return _depth_sd(factor, factor.variances(), len(problem.n_atoms), relative) / float(problem.dispersion) ** 0.5
 
 
