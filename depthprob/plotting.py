@@ -40,14 +40,39 @@ def plot_counts(ax, image, positions, n_atoms, pixel_size):
     ax.set(xlabel="x (Å)", ylabel="y (Å)")
 
 
-def plot_cross_sections(ax, cross_section, library):
-    """Histogram of scattering cross-sections over the library's values."""
-    ax.hist(cross_section, bins=min(60, max(12, 2 * len(cross_section))), color=BLUE)
+def plot_cross_sections(ax, cross_section, library, fit=None):
+    """Histogram of scattering cross-sections over the library's values, under the `Components` of a fitted mixture."""
+    bars, edges, _ = ax.hist(cross_section, bins=min(60, max(12, 2 * len(cross_section))), color=BLUE, alpha=0.5)
+    if fit is not None:
+        x = np.linspace(min(0, edges[0]), 1.1 * edges[-1], 2000)
+        expected = len(cross_section) * (edges[1] - edges[0]) * fit.density(x)
+        ax.plot(x, expected, color=GREY, lw=0.7)
+        ax.plot(x, expected.sum(1), color="black", lw=1.2, label="fitted mixture")
+        ax.legend(frameon=False, fontsize=7)
+        ax.set_ylim(0, 1.15 * max(bars.max(), min(expected.sum(1).max(), 2 * bars.max())))
     shown = [(n + 1, v) for n, v in enumerate(library) if v <= 1.1 * cross_section.max()]
     for n, v in shown:
         ax.axvline(v, color=ORANGE, ls="--", lw=0.8)
         ax.text(v, ax.get_ylim()[1], str(n), color=ORANGE, ha="center", va="bottom", fontsize=7)
     ax.set(xlabel="scattering cross-section (Å²)", ylabel="columns")
+
+
+def plot_confusion(ax, confusion):
+    """Expected confusion (n_max, n_max) of counts: of the columns counted as so many atoms (row), the share that holds so many (column)."""
+    found = np.flatnonzero(confusion.sum(1) > 0)
+    first, last = np.flatnonzero(confusion.sum(0) + confusion.sum(1) > 0.05)[[0, -1]]
+    share = confusion[found] / confusion[found].sum(1, keepdims=True)
+    side = np.arange(len(found))
+    ax.imshow(share[:, first : last + 1], cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=(first + 0.5, last + 1.5, len(found) - 0.5, -0.5))
+    if len(found) <= 15:
+        for row, column in zip(*np.nonzero(share >= 0.005), strict=True):
+            ax.text(column + 1, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=7, color="white" if share[row, column] > 0.6 else "black")
+    wrong = confusion.sum() - np.trace(confusion)
+    labels = [f"{n + 1}  ({confusion[n].sum():.0f})" for n in found]
+    step = -(-len(found) // 15)
+    ax.set_yticks(side[::step], labels[::step], fontsize=7)
+    ax.set(xlabel="true atoms; shares in %", ylabel="counted atoms (columns)")
+    ax.set_title(f"expected wrong: {wrong:.1f} of {confusion.sum():.0f} columns", fontsize=9)
 
 
 def plot_icl(ax, icl):

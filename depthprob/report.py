@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from . import plotting
 from .io import atomic_write
+from .reconstruction.counting import expected_confusion
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
@@ -66,12 +67,14 @@ def _figures(r, truth):
         "Right: average of the sharpest images, each column with its number of atoms."
     )
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    a, b = figure.subplots(1, 2)
-    plotting.plot_cross_sections(a, r.cross_section, r.library_cross_section)
-    plotting.plot_icl(b, r.mixture_icl)
+    a, b, c = figure.subplots(1, 3)
+    plotting.plot_cross_sections(a, r.cross_section, r.library_cross_section, r.hybrid.components)
+    plotting.plot_icl(b, r.mixture.icl)
+    plotting.plot_confusion(c, expected_confusion(r.n_atoms, r.n_probability))
     yield "Counting", figure, (
-        "Left: scattering cross-sections of the columns; dashed lines are the simulated library's for 1, 2, 3 … atoms. "
-        "Right: how many groups a Gaussian mixture needs without any simulation; its smallest ICL is marked."
+        "Left: scattering cross-sections of the columns; dashed lines are the simulated library's for 1, 2, 3 … atoms, curves a mixture whose components stay with the library. "
+        "Middle: how many groups a Gaussian mixture needs without any simulation; its smallest ICL is marked. "
+        "Right: how often each count is expected to be wrong, by the counts' own probabilities."
     )
     c = int(np.argsort(r.depth_sd)[len(r.depth_sd) // 2])
     figure = Figure(figsize=(8, 3.6), layout="constrained")

@@ -25,7 +25,7 @@ from ..physics.library import ColumnLibrary
 from ..physics.particle import images_from_gram, simulate_particle
 from ..physics.specimen import debye_waller_b_from_rms
 from .columns import central_average, find_columns, fit_columns
-from .counting import count_by_library, gaussian_mixture_counts
+from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .lattice import snap
 from .libraries import atoms_needed, column_geometry, detector_of, library_for, microscope_of, read_variance_of
@@ -54,7 +54,8 @@ class Reconstruction:
     n_atoms: np.ndarray
     n_probability: np.ndarray
     library_cross_section: np.ndarray
-    mixture_icl: np.ndarray
+    mixture: Mixture
+    hybrid: Counts
     gaussian_depth: np.ndarray
     gaussian_depth_sd: np.ndarray
     depth: np.ndarray
@@ -199,7 +200,9 @@ def reconstruct(
     stages("counts")
     reference = library_cross_sections(library, defocus[chosen], pixel)
     counted = count_by_library(columns.volume, columns.volume_sd, reference, scale_sd=0.05)
-    mixture = gaussian_mixture_counts(columns.volume, max_components=min(len(found), library.n_max + 3))
+    averaged = float(dose[chosen].sum())
+    mixture = gaussian_mixture_counts(columns.volume, min(len(found), library.n_max + 3), averaged)
+    hybrid = count_by_hybrid(columns.volume, reference, averaged)
 
     stages("joint fit")
     series = FocalSeries(defocus, pixel, dose, fraction.shape[1:], periodic)
@@ -317,7 +320,8 @@ def reconstruct(
         n_atoms=n_now,
         n_probability=recount.probability,
         library_cross_section=reference * counted.scale,
-        mixture_icl=mixture.icl,
+        mixture=mixture,
+        hybrid=hybrid,
         gaussian_depth=gaussian_depth,
         gaussian_depth_sd=baseline.sd,
         depth=depth,
@@ -389,6 +393,7 @@ def write(result: Reconstruction, folder: Path) -> None:
             "goodness_of_fit": result.goodness_of_fit,
             "lattice_depth_A": result.lattice_depth,
             "lattice_probability": result.lattice_probability,
+            "n_atoms_hybrid": result.hybrid.n,
         },
     )
     write_drift_csv(folder / "drift.csv", result.defocus, result.drift_px, result.drift_sd_px)
