@@ -24,7 +24,8 @@ from ..physics.gram import default_sampling
 from ..physics.library import ColumnLibrary
 from ..physics.particle import images_from_gram, simulate_particle
 from ..physics.specimen import debye_waller_b_from_rms
-from .columns import central_average, find_columns, fit_columns
+from ..statstem import ColumnResult, write_statstem
+from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .lattice import snap
@@ -47,7 +48,7 @@ class Reconstruction:
     drift_px: np.ndarray
     drift_sd_px: np.ndarray
     average_image: np.ndarray
-    gaussian_model_image: np.ndarray
+    column_fit: ColumnFit
     positions: np.ndarray
     cross_section: np.ndarray
     cross_section_sd: np.ndarray
@@ -200,9 +201,8 @@ def reconstruct(
     stages("counts")
     reference = library_cross_sections(library, defocus[chosen], pixel)
     counted = count_by_library(columns.volume, columns.volume_sd, reference, scale_sd=0.05)
-    averaged = float(dose[chosen].sum())
-    mixture = gaussian_mixture_counts(columns.volume, min(len(found), library.n_max + 3), averaged)
-    hybrid = count_by_hybrid(columns.volume, reference, averaged)
+    mixture = gaussian_mixture_counts(columns.volume, min(len(found), library.n_max + 3))
+    hybrid = count_by_hybrid(columns.volume, reference, float(dose[chosen].sum()))
 
     stages("joint fit")
     series = FocalSeries(defocus, pixel, dose, fraction.shape[1:], periodic)
@@ -313,7 +313,7 @@ def reconstruct(
         drift_px=drift_px - drift_px.mean(0),
         drift_sd_px=np.hypot(estimate.sd("shift_x"), estimate.sd("shift_y")) / pixel / np.sqrt(2) if "shift_x" in problem.free else np.full(len(defocus), np.nan),
         average_image=average,
-        gaussian_model_image=columns.model_image,
+        column_fit=columns,
         positions=positions,
         cross_section=columns.volume,
         cross_section_sd=columns.volume_sd,
@@ -370,7 +370,7 @@ def _provenance(config: Config, seconds: dict, method: str, library: ColumnLibra
 
 
 def write(result: Reconstruction, folder: Path) -> None:
-    """The files of a reconstruction: columns.csv, drift.csv, posterior.nc, structure.xyz, report.html, provenance.json."""
+    """The files of a reconstruction: columns.csv, columns.mat (of the fit to the average image, as StatSTEM keeps it), drift.csv, posterior.nc, structure.xyz, report.html, provenance.json."""
     from ..report import write_report
 
     folder = Path(folder)
@@ -396,6 +396,12 @@ def write(result: Reconstruction, folder: Path) -> None:
             "n_atoms_hybrid": result.hybrid.n,
         },
     )
+    fit = result.column_fit
+    of_average = ColumnResult(
+        result.average_image, result.pixel_size, fit.positions, fit.volume, np.full(len(fit.volume), fit.width), fit.background, fit.model_image,
+        result.library_cross_section, result.mixture, result.n_atoms,
+    )
+    write_statstem(folder / "columns.mat", of_average, result.element)
     write_drift_csv(folder / "drift.csv", result.defocus, result.drift_px, result.drift_sd_px)
     write_xyz(folder / "structure.xyz", result.element, result.atoms, result.atom_sd, result.site_probability, result.column_of_atom, result.gauge)
     write_netcdf(result.data, folder / "posterior.nc")
