@@ -1,6 +1,8 @@
 """Figures of a reconstruction, one function per figure, on matplotlib axes."""
 
 import numpy as np
+from matplotlib.tri import Triangulation
+from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from scipy.stats import binom
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's colour-blind safe palette
@@ -149,6 +151,33 @@ def plot_particle(ax, atoms, atom_sd, angle=None, element=""):
     ax.errorbar(across, atoms[:, 2], atom_sd[:, 2], fmt="none", ecolor=GREY, elinewidth=0.6)
     ax.set(xlabel=f"across, turned {angle:.0f}° (Å)", ylabel="z (Å), beam downwards", aspect="equal", title=f"from the side, {angle:.0f}°")
     ax.invert_yaxis()
+
+
+def plot_surfaces(ax, positions, ends):
+    """Top and bottom surface on axes with projection "3d", coloured by standard deviation; bars of one standard deviation at each column.
+
+    Triangles much longer than is usual among these columns are left out, so that gaps stay open. The beam runs down the page. Gives back what a
+    colour bar needs, or None for columns that span no surface.
+    """
+    top = max(ends.top_sd.max(), ends.bottom_sd.max())
+    drawn = None
+    for z, sd, light in ((ends.top, ends.top_sd, 0.95), (ends.bottom, ends.bottom_sd, 0.6)):
+        bars = [[(x, y, depth - s), (x, y, depth + s)] for (x, y), depth, s in zip(positions, z, sd, strict=True)]
+        ax.add_collection3d(Line3DCollection(bars, colors="black", linewidths=0.8))
+        ax.scatter(*positions.T, z, color="black", s=4, depthshade=False)
+        try:
+            corners = Triangulation(*positions.T).triangles
+        except (RuntimeError, ValueError):  # fewer than three columns, or all in a row
+            continue
+        longest = np.linalg.norm(positions[corners] - positions[np.roll(corners, 1, axis=1)], axis=2).max(1)
+        corners = corners[longest <= 1.5 * np.median(longest)]
+        drawn = ax.plot_trisurf(*positions.T, z, triangles=corners, cmap="viridis", alpha=light, edgecolor="white", linewidth=0.3)
+        drawn.set_array(sd[corners].mean(1))
+        drawn.set_clim(0, top)
+    ax.set(xlabel="x (Å)", ylabel="y (Å)", zlabel="z (Å)")
+    ax.set_zlim((ends.bottom + ends.bottom_sd).max(), (ends.top - ends.top_sd).min())
+    ax.set_aspect("equal")
+    return drawn
 
 
 def plot_ranks(ax, ranks, draws, title="", bins=10):

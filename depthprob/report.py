@@ -109,6 +109,30 @@ def _figures(r, truth):
         "Atoms on the planes of the crystal, along the beam and from the side (turned by 45° and 90° about the beam). Each column sits on its most probable plane; "
         f"the mean probability of that choice is {np.nanmean(r.lattice_probability):.3f}."
     )
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplot_mosaic([["top", "bottom", "solid"]], width_ratios=(1, 1, 1.3), per_subplot_kw={"solid": {"projection": "3d"}})
+    limits = (r.ends.top.min(), r.ends.bottom.max())
+    for name, z, sd in (("top", r.ends.top, r.ends.top_sd), ("bottom", r.ends.bottom, r.ends.bottom_sd)):
+        drawn = plotting.plot_depth_map(axes[name], r.positions, z, sd, limits, 0.5 * size)
+        axes[name].set_title(name)
+    figure.colorbar(drawn, ax=[axes["top"], axes["bottom"]], label="z of the last atom (Å)", shrink=0.8)
+    solid = plotting.plot_surfaces(axes["solid"], r.positions, r.ends)
+    if solid is not None:
+        figure.colorbar(solid, ax=axes["solid"], label="sd (Å)", shrink=0.6, pad=0.18)
+    yield "Top and bottom surface", figure, html.escape(_surface_text(r.surface))
+
+
+def _surface_text(s):
+    facets = "; ".join(
+        f"{'top' if f.is_top else 'bottom'} ({' '.join(str(i) for i in f.hkl)}) of {len(f.columns)} columns, {f.area:.0f} Å², the plane fitted to measured depths "
+        f"{f.misfit:.1f}° off (sd {f.normal_sd:.1f}°)"
+        for f in s.facets[:6]
+    )
+    return (
+        "z of the first and last atom of every column, by its measured depth and number of atoms; numbers and colours of the right panel are standard deviations, bars one of them. "
+        f"Volume {s.volume:.0f} ± {s.volume_sd:.0f} Å³ (convex hull of the centres: {s.hull_volume:.0f} Å³); {int(np.sum(s.coordination < s.bulk_coordination))} of {len(s.coordination)} "
+        f"atoms have fewer neighbours than the {s.bulk_coordination} of the crystal. Facets: {facets or 'none of four columns or more'}. All of them are in surface.json."
+    )
 
 
 def _image(figure, title):

@@ -66,7 +66,7 @@ def read_statstem(path: str | Path) -> ColumnResult:
 
     Notes
     -----
-    A damaged tag in a file saved without compression can crash scipy's reader itself (scipy issue 25829); compressed ones, MATLAB's default,
+    A damaged tag in a file saved without compression can crash scipy's reader itself (scipy pull request 25829); compressed ones, MATLAB's default,
     carry a checksum.
     """
     from scipy.io import loadmat

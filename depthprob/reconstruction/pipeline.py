@@ -29,7 +29,8 @@ from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .lattice import snap
-from .libraries import atoms_needed, column_geometry, detector_of, library_for, microscope_of, read_variance_of
+from .libraries import atoms_needed, column_geometry, crystal_of, detector_of, library_for, microscope_of, read_variance_of
+from .surface import ColumnEnds, Surface, column_ends, count_variance, find_surface, surface_as_dict
 
 GAUGE = "absolute: z = 0 is the plane in focus at defocus 0 (the focus offset is held at zero)"
 GAUGE_FREE = "relative: with a free focus offset only depths relative to the field's mean are measured, and the mean of all depths is zero"
@@ -71,6 +72,8 @@ class Reconstruction:
     atom_sd: np.ndarray
     site_probability: np.ndarray
     column_of_atom: np.ndarray
+    ends: ColumnEnds
+    surface: Surface
     column_series: np.ndarray
     gaussian_fit_series: np.ndarray
     joint_fit_series: np.ndarray
@@ -279,6 +282,12 @@ def reconstruct(
     lean = np.asarray(config.specimen.tilt_mrad) * 1e-3  # what the tilt moves aside, Å per Å of depth
     snapped = snap(positions - np.outer(depth, lean), depth, depth_sd, n_now, geometry, position_sd)
 
+    stages("surface")
+    atoms = snapped.atoms + np.pad(np.outer(snapped.atoms[:, 2], lean), [(0, 0), (0, 1)])
+    ends = column_ends(depth, depth_sd, n_now, recount.probability, geometry.spacing)
+    variance = count_variance(n_now, recount.probability)
+    surface = find_surface(atoms, snapped.column_of_atom, ends, variance, positions, crystal_of(config), config.specimen.zone_axis)
+
     rate = fit.rates(estimate.parameters, problem)
     leverage = likelihood.leverages(estimate, problem) if fit is likelihood else None
     fit_quality = goodness_of_fit(estimate.parameters, problem, rate, leverage)
@@ -332,10 +341,12 @@ def reconstruct(
         goodness_of_fit=fit_quality,
         lattice_depth=snapped.depth,
         lattice_probability=snapped.probability,
-        atoms=snapped.atoms + np.pad(np.outer(snapped.atoms[:, 2], lean), [(0, 0), (0, 1)]),
+        atoms=atoms,
         atom_sd=snapped.atom_sd,
         site_probability=snapped.site_probability,
         column_of_atom=snapped.column_of_atom,
+        ends=ends,
+        surface=surface,
         column_series=baseline.intensity,
         gaussian_fit_series=baseline.model,
         joint_fit_series=joint_series,
@@ -370,7 +381,7 @@ def _provenance(config: Config, seconds: dict, method: str, library: ColumnLibra
 
 
 def write(result: Reconstruction, folder: Path) -> None:
-    """The files of a reconstruction: columns.csv, columns.mat (of the fit to the average image, as StatSTEM keeps it), drift.csv, posterior.nc, structure.xyz, report.html, provenance.json."""
+    """The files of a reconstruction: columns.csv, columns.mat (of the fit to the average image, as StatSTEM keeps it), drift.csv, posterior.nc, structure.xyz, surface.json, report.html, provenance.json."""
     from ..report import write_report
 
     folder = Path(folder)
@@ -394,6 +405,12 @@ def write(result: Reconstruction, folder: Path) -> None:
             "lattice_depth_A": result.lattice_depth,
             "lattice_probability": result.lattice_probability,
             "n_atoms_hybrid": result.hybrid.n,
+            "top_A": result.ends.top,
+            "top_sd_A": result.ends.top_sd,
+            "bottom_A": result.ends.bottom,
+            "bottom_sd_A": result.ends.bottom_sd,
+            "thickness_A": result.ends.thickness,
+            "thickness_sd_A": result.ends.thickness_sd,
         },
     )
     fit = result.column_fit
@@ -403,7 +420,8 @@ def write(result: Reconstruction, folder: Path) -> None:
     )
     write_statstem(folder / "columns.mat", of_average, result.element)
     write_drift_csv(folder / "drift.csv", result.defocus, result.drift_px, result.drift_sd_px)
-    write_xyz(folder / "structure.xyz", result.element, result.atoms, result.atom_sd, result.site_probability, result.column_of_atom, result.gauge)
+    write_xyz(folder / "structure.xyz", result.element, result.atoms, result.atom_sd, result.site_probability, result.column_of_atom, result.surface.coordination, result.gauge)
+    write_json(folder / "surface.json", surface_as_dict(result.surface))
     write_netcdf(result.data, folder / "posterior.nc")
     write_json(folder / "provenance.json", result.provenance)
     write_report(folder / "report.html", result)
