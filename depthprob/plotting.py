@@ -1,6 +1,7 @@
 """Figures of a reconstruction, one function per figure, on matplotlib axes."""
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 from matplotlib.tri import Triangulation
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from scipy.stats import binom
@@ -73,6 +74,7 @@ def plot_confusion(ax, confusion):
     labels = [f"{n + 1}  ({confusion[n].sum():.0f})" for n in found]
     step = -(-len(found) // 15)
     ax.set_yticks(side[::step], labels[::step], fontsize=7)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="true atoms; shares in %", ylabel="counted atoms (columns)")
     ax.set_title(f"expected wrong: {wrong:.1f} of {confusion.sum():.0f} columns", fontsize=9)
 
@@ -82,6 +84,7 @@ def plot_icl(ax, icl):
     k = np.arange(1, len(icl) + 1)
     ax.plot(k, icl, "o-", color=BLUE, ms=3)
     ax.plot(k[np.argmin(icl)], np.min(icl), "s", color=ORANGE)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="number of components", ylabel="ICL")
 
 
@@ -177,6 +180,7 @@ def plot_surfaces(ax, positions, ends):
     ax.set(xlabel="x (Å)", ylabel="y (Å)", zlabel="z (Å)")
     ax.set_zlim((ends.bottom + ends.bottom_sd).max(), (ends.top - ends.top_sd).min())
     ax.set_aspect("equal")
+    ax.locator_params(nbins=4)
     return drawn
 
 

@@ -109,16 +109,15 @@ def _figures(r, truth):
         "Atoms on the planes of the crystal, along the beam and from the side (turned by 45° and 90° about the beam). Each column sits on its most probable plane; "
         f"the mean probability of that choice is {np.nanmean(r.lattice_probability):.3f}."
     )
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplot_mosaic([["top", "bottom", "solid"]], width_ratios=(1, 1, 1.3), per_subplot_kw={"solid": {"projection": "3d"}})
-    limits = (r.ends.top.min(), r.ends.bottom.max())
-    for name, z, sd in (("top", r.ends.top, r.ends.top_sd), ("bottom", r.ends.bottom, r.ends.bottom_sd)):
-        drawn = plotting.plot_depth_map(axes[name], r.positions, z, sd, limits, 0.5 * size)
-        axes[name].set_title(name)
-    figure.colorbar(drawn, ax=[axes["top"], axes["bottom"]], label="z of the last atom (Å)", shrink=0.8)
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    axes = figure.subplot_mosaic([["top", "bottom"], ["thickness", "solid"]], per_subplot_kw={"solid": {"projection": "3d"}})
+    maps = {"top": (r.ends.top, r.ends.top_sd), "bottom": (r.ends.bottom, r.ends.bottom_sd), "thickness": (r.ends.thickness, r.ends.thickness_sd)}
+    for name, (value, sd) in maps.items():
+        drawn = plotting.plot_depth_map(axes[name], r.positions, value, sd, (value.min(), value.max()), size)
+        figure.colorbar(drawn, ax=axes[name], label="from first to last atom (Å)" if name == "thickness" else f"z of the {name} atom (Å)")
     solid = plotting.plot_surfaces(axes["solid"], r.positions, r.ends)
     if solid is not None:
-        figure.colorbar(solid, ax=axes["solid"], label="sd (Å)", shrink=0.6, pad=0.18)
+        figure.colorbar(solid, ax=axes["solid"], label="sd (Å)", shrink=0.7, pad=0.15)
     yield "Top and bottom surface", figure, html.escape(_surface_text(r.surface))
 
 
@@ -129,7 +128,7 @@ def _surface_text(s):
         for f in s.facets[:6]
     )
     return (
-        "z of the first and last atom of every column, by its measured depth and number of atoms; numbers and colours of the right panel are standard deviations, bars one of them. "
+        "First and last atom of every column, by its measured depth and number of atoms; the number in each disc is the standard deviation in Å, as are colours and bars of the last panel. "
         f"Volume {s.volume:.0f} ± {s.volume_sd:.0f} Å³ (convex hull of the centres: {s.hull_volume:.0f} Å³); {int(np.sum(s.coordination < s.bulk_coordination))} of {len(s.coordination)} "
         f"atoms have fewer neighbours than the {s.bulk_coordination} of the crystal. Facets: {facets or 'none of four columns or more'}. All of them are in surface.json."
     )

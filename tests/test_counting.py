@@ -100,3 +100,15 @@ def test_mixtures_are_as_likely_as_statstems_and_the_criterion_is_its_own():
     np.testing.assert_allclose(by_ten.means, stored.estimatedLocations, atol=5e-4)
     np.testing.assert_allclose(by_ten.width, stored.estimatedWidth, rtol=0.02)
 
+
+def test_curves_over_the_histogram_hold_as_many_columns_as_its_bars():
+    from matplotlib.figure import Figure
+
+    from depthprob.plotting import plot_cross_sections
+
+    x, _, _ = simulated(1e4, 1)
+    ax = Figure().subplots()
+    plot_cross_sections(ax, x, GOLD, count_by_hybrid(x, GOLD, 1e4).components)
+    total = next(line for line in ax.lines if line.get_label() == "fitted mixture")
+    bars = sum(bar.get_height() * bar.get_width() for bar in ax.patches)
+    assert np.trapezoid(total.get_ydata(), total.get_xdata()) == pytest.approx(bars, rel=0.02)  # tails beyond the axis

@@ -5,8 +5,10 @@ import pytest
 from ase.build import bulk
 from ase.cluster import Octahedron
 from ase.cluster.cubic import FaceCenteredCubic
+from matplotlib.figure import Figure
 from scipy.spatial.transform import Rotation
 
+from depthprob.plotting import plot_surfaces
 from depthprob.reconstruction.lattice import UnitCell, unit_cell
 from depthprob.reconstruction.surface import column_ends, coordination_numbers, count_variance, find_surface, fit_plane, nearest_shell
 
@@ -151,3 +153,16 @@ def test_too_little_for_a_surface_has_none():
     assert surface.facets == () and np.isnan(surface.hull_volume)
     assert surface.coordination.tolist() == [1, 0, 1]
     assert surface.volume == pytest.approx(3 * A**3 / 4) and surface.volume_sd == pytest.approx(np.sqrt(2) * A**3 / 4)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 81])
+def test_bars_of_both_surfaces_are_drawn_even_where_columns_span_none(columns):
+    _, _, ends, xy = seen(cuboctahedron(4))
+    ax = Figure().add_subplot(projection="3d")
+    first = type(ends)(*(e[:columns] for e in ends))
+    positions = xy[:columns] if columns > 5 else np.arange(columns)[:, None] * [2.0, 0.0]  # in a row
+    drawn = plot_surfaces(ax, positions[: len(first.top)], first)
+    assert (drawn is None) == (columns <= 5)
+    low, high = sorted(ax.get_zlim())
+    assert low <= (first.top - 0.3).min() and high >= (first.bottom + 0.3).max()
+    assert ax.get_zlim()[0] > ax.get_zlim()[1]  # the beam runs down
