@@ -158,7 +158,7 @@ def test_whole_pipeline_on_an_independent_particle(tmp_path):
     rms = np.sqrt(np.mean((error - np.median(error)) ** 2))
     assert rms < 1.0
     assert rms < 1.3 * np.sqrt(np.mean(table["crlb_A"] ** 2))
-    for name in ("columns.mat", "drift.csv", "posterior.nc", "structure.xyz", "report.html", "provenance.json"):
+    for name in ("columns.mat", "drift.csv", "posterior.nc", "structure.xyz", "surface.json", "report.html", "provenance.json"):
         assert (tmp_path / "out" / name).stat().st_size > 500
     import arviz
 
