@@ -56,7 +56,8 @@ def plot_cross_sections(ax, cross_section, library, fit=None):
     shown = [(n + 1, v) for n, v in enumerate(library) if v <= 1.1 * cross_section.max()]
     for n, v in shown:
         ax.axvline(v, color=ORANGE, ls="--", lw=0.8)
-        ax.text(v, ax.get_ylim()[1], str(n), color=ORANGE, ha="center", va="bottom", fontsize=7)
+        if n % -(-len(shown) // 15) == 0:
+            ax.text(v, ax.get_ylim()[1], str(n), color=ORANGE, ha="center", va="bottom", fontsize=7)
     ax.set(xlabel="scattering cross-section (Å²)", ylabel="columns")
 
 

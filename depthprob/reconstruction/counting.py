@@ -39,7 +39,8 @@ class Components(NamedTuple):
 
     def density(self, x: np.ndarray) -> np.ndarray:
         """Density of each component, times its weight, at `x` (N,): (N, K) [1/Å^2]."""
-        return np.exp(_log_density(np.asarray(x, float), self.means, self.weights, self.widths))
+        z = (np.asarray(x, float)[:, None] - self.means) / self.widths
+        return self.weights / (np.sqrt(2 * np.pi) * self.widths) * np.exp(-0.5 * z**2)
 
 
 class Counts(NamedTuple):
@@ -53,7 +54,7 @@ class Counts(NamedTuple):
     scale : float
         Factor from library to measured cross-sections.
     components : Components, optional
-        Of the hybrid: one for each atom number.
+        Of the hybrid: one for each atom number, at the likeliest factor, their weights the mean probabilities.
     """
 
     n: np.ndarray
@@ -167,7 +168,7 @@ def count_by_hybrid(cross_section: np.ndarray, library: np.ndarray, dose: float 
     weight = np.exp(log_p - logsumexp(log_p))
     probability = sum(w * probabilities(x, fit) for w, fit in zip(weight, fits, strict=True))
     best = int(np.argmax(weight))
-    return Counts(probability.argmax(1) + 1, probability, float(np.exp(logs[best])), fits[best])
+    return Counts(probability.argmax(1) + 1, probability, float(np.exp(logs[best])), fits[best]._replace(weights=probability.mean(0)))
 
 
 def probabilities(cross_section: np.ndarray, fit: Components) -> np.ndarray:
