@@ -26,6 +26,7 @@ _PUBLIC = {
     "plot_ranks": "plotting",
     "read_config": "config",
     "read_stack": "io",
+    "read_statstem": "statstem",
     "reconstruct": "reconstruction.pipeline",
     "sample_counts": "physics.focal_series",
     "save_gram": "physics.library",
@@ -34,6 +35,7 @@ _PUBLIC = {
     "to_arviz": "inference.posterior",
     "uniformity": "inference.calibration",
     "wavelength": "physics.electron",
+    "write_statstem": "statstem",
 }
 __all__ = sorted(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 

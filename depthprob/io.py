@@ -752,12 +752,13 @@ def write_xyz(
     position_sd: Real[np.ndarray, "atom 3"],
     site_probability: Real[np.ndarray, " atom"],
     column: Any,
+    coordination: Any,
     gauge: str,
 ) -> None:
-    """Write atoms as extended XYZ [Å], in the frame of columns.csv; `gauge` says where depth zero is."""
+    """Write atoms as extended XYZ [Å], in the frame of columns.csv, with their numbers of nearest neighbours; `gauge` says where depth zero is."""
     positions = np.asarray(positions, float)
     elements = [element] * len(positions) if isinstance(element, str) else list(element)
-    properties = "species:S:1:pos:R:3:position_sd:R:3:site_probability:R:1:column:I:1"
+    properties = "species:S:1:pos:R:3:position_sd:R:3:site_probability:R:1:column:I:1:coordination:I:1"
     label = " ".join(gauge.replace('"', "'").split())
     atoms = zip(
         elements,
@@ -765,15 +766,16 @@ def write_xyz(
         np.asarray(position_sd, float),
         np.asarray(site_probability, float),
         np.asarray(column, int),
+        np.asarray(coordination, int),
         strict=True,
     )
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(
             f'{len(positions)}\nProperties={properties} pbc="F F F" unit=angstrom gauge="{label}"\n'
         )
-        for symbol, position, sd, probability, index in atoms:
+        for symbol, position, sd, probability, index, neighbours in atoms:
             numbers = " ".join(f"{value:.6f}" for value in (*position, *sd, probability))
-            file.write(f"{symbol} {numbers} {index}\n")
+            file.write(f"{symbol} {numbers} {index} {neighbours}\n")
 
 
 def _plain(value: Any) -> Any:

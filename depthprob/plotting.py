@@ -1,6 +1,9 @@
 """Figures of a reconstruction, one function per figure, on matplotlib axes."""
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
+from matplotlib.tri import Triangulation
+from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from scipy.stats import binom
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's colour-blind safe palette
@@ -40,14 +43,41 @@ def plot_counts(ax, image, positions, n_atoms, pixel_size):
     ax.set(xlabel="x (Å)", ylabel="y (Å)")
 
 
-def plot_cross_sections(ax, cross_section, library):
-    """Histogram of scattering cross-sections over the library's values."""
-    ax.hist(cross_section, bins=min(60, max(12, 2 * len(cross_section))), color=BLUE)
+def plot_cross_sections(ax, cross_section, library, fit=None):
+    """Histogram of scattering cross-sections over the library's values, under the `Components` of a fitted mixture."""
+    bars, edges, _ = ax.hist(cross_section, bins=min(60, max(12, 2 * len(cross_section))), color=BLUE, alpha=0.5)
+    if fit is not None:
+        x = np.linspace(min(0, edges[0]), 1.1 * edges[-1], 2000)
+        expected = len(cross_section) * (edges[1] - edges[0]) * fit.density(x)
+        ax.plot(x, expected, color=GREY, lw=0.7)
+        ax.plot(x, expected.sum(1), color="black", lw=1.2, label="fitted mixture")
+        ax.legend(frameon=False, fontsize=7)
+        ax.set_ylim(0, 1.15 * max(bars.max(), min(expected.sum(1).max(), 2 * bars.max())))
     shown = [(n + 1, v) for n, v in enumerate(library) if v <= 1.1 * cross_section.max()]
     for n, v in shown:
         ax.axvline(v, color=ORANGE, ls="--", lw=0.8)
-        ax.text(v, ax.get_ylim()[1], str(n), color=ORANGE, ha="center", va="bottom", fontsize=7)
+        if n % -(-len(shown) // 15) == 0:
+            ax.text(v, ax.get_ylim()[1], str(n), color=ORANGE, ha="center", va="bottom", fontsize=7)
     ax.set(xlabel="scattering cross-section (Å²)", ylabel="columns")
+
+
+def plot_confusion(ax, confusion):
+    """Expected confusion (n_max, n_max) of counts: of the columns counted as so many atoms (row), the share that holds so many (column)."""
+    found = np.flatnonzero(confusion.sum(1) > 0)
+    first, last = np.flatnonzero(confusion.sum(0) + confusion.sum(1) > 0.05)[[0, -1]]
+    share = confusion[found] / confusion[found].sum(1, keepdims=True)
+    side = np.arange(len(found))
+    ax.imshow(share[:, first : last + 1], cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=(first + 0.5, last + 1.5, len(found) - 0.5, -0.5))
+    if len(found) <= 15:
+        for row, column in zip(*np.nonzero(share >= 0.005), strict=True):
+            ax.text(column + 1, row, f"{100 * share[row, column]:.0f}", ha="center", va="center", fontsize=7, color="white" if share[row, column] > 0.6 else "black")
+    wrong = confusion.sum() - np.trace(confusion)
+    labels = [f"{n + 1}  ({confusion[n].sum():.0f})" for n in found]
+    step = -(-len(found) // 15)
+    ax.set_yticks(side[::step], labels[::step], fontsize=7)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="true atoms; shares in %", ylabel="counted atoms (columns)")
+    ax.set_title(f"expected wrong: {wrong:.1f} of {confusion.sum():.0f} columns", fontsize=9)
 
 
 def plot_icl(ax, icl):
@@ -55,6 +85,7 @@ def plot_icl(ax, icl):
     k = np.arange(1, len(icl) + 1)
     ax.plot(k, icl, "o-", color=BLUE, ms=3)
     ax.plot(k[np.argmin(icl)], np.min(icl), "s", color=ORANGE)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="number of components", ylabel="ICL")
 
 
@@ -124,6 +155,34 @@ def plot_particle(ax, atoms, atom_sd, angle=None, element=""):
     ax.errorbar(across, atoms[:, 2], atom_sd[:, 2], fmt="none", ecolor=GREY, elinewidth=0.6)
     ax.set(xlabel=f"across, turned {angle:.0f}° (Å)", ylabel="z (Å), beam downwards", aspect="equal", title=f"from the side, {angle:.0f}°")
     ax.invert_yaxis()
+
+
+def plot_surfaces(ax, positions, ends):
+    """Top and bottom surface on axes with projection "3d", coloured by standard deviation; bars of one standard deviation at each column.
+
+    Triangles much longer than is usual among these columns are left out, so that gaps stay open. The beam runs down the page. Gives back what a
+    colour bar needs, or None for columns that span no surface.
+    """
+    top = max(ends.top_sd.max(), ends.bottom_sd.max())
+    drawn = None
+    for z, sd, light in ((ends.top, ends.top_sd, 0.95), (ends.bottom, ends.bottom_sd, 0.6)):
+        bars = [[(x, y, depth - s), (x, y, depth + s)] for (x, y), depth, s in zip(positions, z, sd, strict=True)]
+        ax.add_collection3d(Line3DCollection(bars, colors="black", linewidths=0.8))
+        ax.scatter(*positions.T, z, color="black", s=4, depthshade=False)
+        try:
+            corners = Triangulation(*positions.T).triangles
+        except (RuntimeError, ValueError):  # fewer than three columns, or all in a row
+            continue
+        longest = np.linalg.norm(positions[corners] - positions[np.roll(corners, 1, axis=1)], axis=2).max(1)
+        corners = corners[longest <= 1.5 * np.median(longest)]
+        drawn = ax.plot_trisurf(*positions.T, z, triangles=corners, cmap="viridis", alpha=light, edgecolor="white", linewidth=0.3)
+        drawn.set_array(sd[corners].mean(1))
+        drawn.set_clim(0, top)
+    ax.set(xlabel="x (Å)", ylabel="y (Å)", zlabel="z (Å)")
+    ax.set_zlim((ends.bottom + ends.bottom_sd).max(), (ends.top - ends.top_sd).min())
+    ax.set_aspect("equal")
+    ax.locator_params(nbins=4)
+    return drawn
 
 
 def plot_ranks(ax, ranks, draws, title="", bins=10):

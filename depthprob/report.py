@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from . import plotting
 from .io import atomic_write
+from .reconstruction.counting import expected_confusion
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
@@ -66,12 +67,15 @@ def _figures(r, truth):
         "Right: average of the sharpest images, each column with its number of atoms."
     )
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    a, b = figure.subplots(1, 2)
-    plotting.plot_cross_sections(a, r.cross_section, r.library_cross_section)
-    plotting.plot_icl(b, r.mixture_icl)
+    a, b, c = figure.subplots(1, 3)
+    plotting.plot_cross_sections(a, r.cross_section, r.library_cross_section, r.hybrid.components)
+    plotting.plot_icl(b, r.mixture.icl)
+    plotting.plot_confusion(c, expected_confusion(r.n_atoms, r.n_probability))
     yield "Counting", figure, (
-        "Left: scattering cross-sections of the columns; dashed lines are the simulated library's for 1, 2, 3 … atoms. "
-        "Right: how many groups a Gaussian mixture needs without any simulation; its smallest ICL is marked."
+        "Left: scattering cross-sections of the columns; dashed lines are the simulated library's for 1, 2, 3 … atoms, curves a mixture whose components stay with the library. "
+        "Middle: how many groups a Gaussian mixture needs without any simulation; its smallest ICL is marked. "
+        "Right: how often each count is expected to be wrong, by the counts' own probabilities. "
+        f"The mixture that stays with the library would count {int(np.sum(r.hybrid.n != r.n_atoms))} columns otherwise (n_atoms_hybrid in columns.csv)."
     )
     c = int(np.argsort(r.depth_sd)[len(r.depth_sd) // 2])
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -105,6 +109,29 @@ def _figures(r, truth):
     yield "The particle", figure, (
         "Atoms on the planes of the crystal, along the beam and from the side (turned by 45° and 90° about the beam). Each column sits on its most probable plane; "
         f"the mean probability of that choice is {np.nanmean(r.lattice_probability):.3f}."
+    )
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
+    axes = figure.subplot_mosaic([["top", "bottom"], ["thickness", "solid"]], per_subplot_kw={"solid": {"projection": "3d"}})
+    maps = {"top": (r.ends.top, r.ends.top_sd), "bottom": (r.ends.bottom, r.ends.bottom_sd), "thickness": (r.ends.thickness, r.ends.thickness_sd)}
+    for name, (value, sd) in maps.items():
+        drawn = plotting.plot_depth_map(axes[name], r.positions, value, sd, (value.min(), value.max()), size)
+        figure.colorbar(drawn, ax=axes[name], label="from first to last atom (Å)" if name == "thickness" else f"z of the {name} atom (Å)")
+    solid = plotting.plot_surfaces(axes["solid"], r.positions, r.ends)
+    if solid is not None:
+        figure.colorbar(solid, ax=axes["solid"], label="sd (Å)", shrink=0.7, pad=0.15)
+    yield "Top and bottom surface", figure, html.escape(_surface_text(r.surface))
+
+
+def _surface_text(s):
+    facets = "; ".join(
+        f"{'top' if f.is_top else 'bottom'} ({' '.join(str(i) for i in f.hkl)}) of {len(f.columns)} columns, {f.area:.0f} Å², the plane fitted to measured depths "
+        f"{f.misfit:.1f}° off (sd {f.normal_sd:.1f}°)"
+        for f in s.facets[:6]
+    )
+    return (
+        "First and last atom of every column, by its measured depth and number of atoms; the number in each disc is the standard deviation in Å, as are colours and bars of the last panel. "
+        f"Volume {s.volume:.0f} ± {s.volume_sd:.0f} Å³ (convex hull of the centres: {s.hull_volume:.0f} Å³); {int(np.sum(s.coordination < s.bulk_coordination))} of {len(s.coordination)} "
+        f"atoms have fewer neighbours than the {s.bulk_coordination} of the crystal. Facets: {facets or 'none of four columns or more'}. All of them are in surface.json."
     )
 
 

@@ -393,6 +393,7 @@ def test_structure_xyz_is_read_by_ase(tmp_path):
         np.full((2, 3), 0.1),
         np.array([0.9, 1.0]),
         np.array([0, 3]),
+        np.array([7, 12]),
         'absolute: z = 0 is "in focus" at defocus 0',
     )
     atoms = ase.io.read(tmp_path / "structure.xyz")
@@ -400,6 +401,7 @@ def test_structure_xyz_is_read_by_ase(tmp_path):
     np.testing.assert_allclose(atoms.positions, positions, atol=1e-6)
     np.testing.assert_allclose(atoms.arrays["position_sd"], 0.1)
     np.testing.assert_array_equal(atoms.arrays["column"], [0, 3])
+    np.testing.assert_array_equal(atoms.arrays["coordination"], [7, 12])
     assert "in focus" in atoms.info["gauge"] and not atoms.pbc.any()
 
 

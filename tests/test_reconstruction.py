@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.build import bulk
-from scipy.io import loadmat
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
@@ -14,6 +13,7 @@ from depthprob.reconstruction.columns import central_average, find_columns, fit_
 from depthprob.reconstruction.counting import count_by_library, gaussian_mixture_counts
 from depthprob.reconstruction.drift import estimate_drift, shift_images
 from depthprob.reconstruction.lattice import UnitCell, crystal_columns, snap, unit_cell
+from depthprob.statstem import read_statstem
 
 PARTICLE = Path(__file__).parents[2] / "shared" / "data" / "particle_D.npz"
 needs_particle = pytest.mark.skipif(not PARTICLE.exists(), reason="particle_D.npz is not at hand")
@@ -158,7 +158,7 @@ def test_whole_pipeline_on_an_independent_particle(tmp_path):
     rms = np.sqrt(np.mean((error - np.median(error)) ** 2))
     assert rms < 1.0
     assert rms < 1.3 * np.sqrt(np.mean(table["crlb_A"] ** 2))
-    for name in ("drift.csv", "posterior.nc", "structure.xyz", "report.html", "provenance.json"):
+    for name in ("columns.mat", "drift.csv", "posterior.nc", "structure.xyz", "surface.json", "report.html", "provenance.json"):
         assert (tmp_path / "out" / name).stat().st_size > 500
     import arviz
 
@@ -170,9 +170,8 @@ STATSTEM = Path(__file__).parents[2] / "shared" / "data" / "statstem" / "Example
 
 @pytest.mark.skipif(not STATSTEM.exists(), reason="ExamplePtIr.mat is not at hand")
 def test_columns_of_an_experimental_image_are_those_of_statstem():
-    stored = loadmat(STATSTEM, struct_as_record=False, squeeze_me=True)
-    image, pixel = stored["input"].obs, float(stored["input"].dx)
-    theirs, volumes = stored["output"].coordinates - pixel, stored["output"].volumes
+    stored = read_statstem(STATSTEM)
+    image, pixel, theirs, volumes = stored.image, stored.pixel_size, stored.positions, stored.cross_section
     found = find_columns(image, pixel)
     away, which = cKDTree(theirs).query(found)
     assert away.max() < 0.5  # nothing in the vacuum
@@ -180,9 +179,8 @@ def test_columns_of_an_experimental_image_are_those_of_statstem():
     fit = fit_columns(image, theirs, pixel)
     assert np.median(np.linalg.norm(fit.positions - theirs, axis=1)) < 0.03
     assert abs(np.median(fit.volume / volumes) - 1) < 0.01
-    library = stored["input"].library[:, 1]
-    nearest = 1 + np.argmin(abs(volumes[:, None] - library), axis=1)
-    ours = count_by_library(fit.volume, fit.volume_sd, library, scale_sd=0.05).n
+    nearest = 1 + np.argmin(abs(volumes[:, None] - stored.library), axis=1)
+    ours = count_by_library(fit.volume, fit.volume_sd, stored.library, scale_sd=0.05).n
     assert np.mean(ours == nearest) >= 0.93 and abs(ours - nearest).max() <= 1
 
 

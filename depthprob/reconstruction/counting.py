@@ -1,4 +1,4 @@
-"""Atoms per column from scattering cross-sections: against a simulated library, and by a Gaussian mixture with ICL."""
+"""Atoms per column from scattering cross-sections: by a simulated library, by a Gaussian mixture with ICL, and by the hybrid of both."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,41 @@ import numpy as np
 from scipy.special import logsumexp
 
 SCATTERS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.45)  # of cross-sections, in what one atom more adds
+SHRINK = 1.0  # columns that every atom number has beside those counted: mean shares, had all shares been equally likely before; half as many made counts too sure
 ODD = 0.05  # share of columns that are none of the library's, such as single atoms on their way over a support
+
+
+class Components(NamedTuple):
+    """A Gaussian mixture.
+
+    Attributes
+    ----------
+    means : (K,)
+        Ascending [Å^2].
+    weights : (K,)
+        Shares of the columns, sum 1.
+    width : float
+        Standard deviation common to all components [Å^2], beside that of Poisson's counts where a dose is given.
+    dose : float
+        Electrons per Å^2 that measured the cross-sections; infinite where the width is taken as common.
+    log_likelihood : float
+    """
+
+    means: np.ndarray
+    weights: np.ndarray
+    width: float
+    dose: float
+    log_likelihood: float
+
+    @property
+    def widths(self) -> np.ndarray:
+        """Standard deviation of each component (K,): a cross-section V counts V * dose electrons, whose variance is as large."""
+        return np.sqrt(self.width**2 + np.maximum(self.means, 0) / self.dose)
+
+    def density(self, x: np.ndarray) -> np.ndarray:
+        """Density of each component, times its weight, at `x` (N,): (N, K) [1/Å^2]."""
+        z = (np.asarray(x, float)[:, None] - self.means) / self.widths
+        return self.weights / (np.sqrt(2 * np.pi) * self.widths) * np.exp(-0.5 * z**2)
 
 
 class Counts(NamedTuple):
@@ -19,33 +53,38 @@ class Counts(NamedTuple):
         Of every atom number 1 ... n_max.
     scale : float
         Factor from library to measured cross-sections.
+    components : Components, optional
+        Of the hybrid: one for each atom number, at the likeliest factor, their weights the mean probabilities.
     """
 
     n: np.ndarray
     probability: np.ndarray
     scale: float
+    components: Components | None = None
 
 
 class Mixture(NamedTuple):
-    """Atom numbers by a Gaussian mixture of equal widths.
+    """Atom numbers by a Gaussian mixture.
 
     Attributes
     ----------
     n : (C,) int
-        Rank of each column's component, from 1.
-    components : int
-        Number of components with the smallest ICL.
+        Rank of each column's component, from 1, and the offset.
     icl : (K,)
         Integrated classification likelihood criterion of 1 ... K components.
-    means : (components,)
-    width : float
+    fits : tuple of Components
+        With 1 ... K components.
+    components : int
+        Number of components chosen: with the smallest ICL, or an operator's choice where a file brings it.
+    offset : int
+        Atoms in a column of the first component, less one.
     """
 
     n: np.ndarray
-    components: int
     icl: np.ndarray
-    means: np.ndarray
-    width: float
+    fits: tuple[Components, ...]
+    components: int
+    offset: int = 0
 
 
 def count_by_library(cross_section: np.ndarray, sd: np.ndarray, library: np.ndarray, scale_sd: float = 0.0) -> Counts:
@@ -61,7 +100,7 @@ def count_by_library(cross_section: np.ndarray, sd: np.ndarray, library: np.ndar
     if scale_sd:
         factors = np.exp(np.linspace(-3, 3, 121) * scale_sd)
         gap = np.log(np.gradient(library)) if len(library) > 1 else np.zeros(1)
-        scale = max(factors, key=lambda s: max(_log_density(cross_section, sd, s, t, library, gap) for t in SCATTERS) - (np.log(s) / scale_sd) ** 2 / 2)
+        scale = max(factors, key=lambda s: max(_log_density_of_scale(cross_section, sd, s, t, library, gap) for t in SCATTERS) - (np.log(s) / scale_sd) ** 2 / 2)
     distance = cross_section[:, None] - scale * library
     nearest = np.min(abs(distance), 1)
     scatter = 1.4826 * np.median(nearest / cross_section)
@@ -70,52 +109,122 @@ def count_by_library(cross_section: np.ndarray, sd: np.ndarray, library: np.ndar
     return Counts(np.argmin(abs(distance), 1) + 1, np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True)), float(scale))
 
 
-def _log_density(cross_section: np.ndarray, sd: np.ndarray, scale: float, scatter: float, library: np.ndarray, log_gap: np.ndarray) -> float:
+def _log_density_of_scale(cross_section: np.ndarray, sd: np.ndarray, scale: float, scatter: float, library: np.ndarray, log_gap: np.ndarray) -> float:
     """Log-density of all cross-sections under scaled library values, blurred by errors and by a scatter in median gaps; some are odd."""
     total = np.hypot(sd, scatter * scale * np.exp(np.median(log_gap)))[:, None]
-    each = np.log(scale) + log_gap - np.log(np.sqrt(2 * np.pi) * total) - 0.5 * ((cross_section[:, None] - scale * library) / total) ** 2
+    each = _log_density(cross_section, scale * library, scale * np.exp(log_gap), total)
     return float(np.logaddexp(np.log(1 - ODD) + logsumexp(each, axis=1), np.log(ODD)).sum())
 
 
-def gaussian_mixture_counts(cross_section: np.ndarray, max_components: int = 15, starts: int = 4, iterations: int = 200) -> Mixture:
-    """Gaussian mixture with a shared width for 1 ... max_components components, the number chosen by ICL.
+def _log_density(x: np.ndarray, means: np.ndarray, weights: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """Log of weight times normal density at x (N,) for each component: (N, K)."""
+    return np.log(weights) - np.log(np.sqrt(2 * np.pi) * widths) - 0.5 * ((x[:, None] - means) / widths) ** 2
+
+
+def gaussian_mixture_counts(cross_section: np.ndarray, max_components: int = 15, dose: float = np.inf) -> Mixture:
+    """Gaussian mixture of 1 ... max_components components, the number chosen by ICL.
+
+    The components share one width; with a finite `dose` [e/Å^2] Poisson's variance, mean / dose, comes to each, as in
+    StatSTEM's dose-dependent mixture.
 
     ICL = -2 log L + (2 K) log C + 2 * classification entropy (Biernacki et al., IEEE PAMI 22, 719 (2000)); Van Aert et al.,
-    Phys. Rev. B 87, 064107 (2013) for its use in counting. Several starts from quantiles and even spacing.
+    Phys. Rev. B 87, 064107 (2013) for its use in counting. Starts: quantiles, even spacing, columns drawn at random,
+    and the fit with one component less, its widest gap filled or its heaviest component split.
     """
-    x = np.sort(np.asarray(cross_section, float))
-    order = np.argsort(np.argsort(cross_section))
-    found, icl = [], []
+    x = np.asarray(cross_section, float)
     rng = np.random.default_rng(0)
+    fits: list[Components] = []
     for k in range(1, max(1, min(max_components, len(x))) + 1):
-        fits = []
-        for start in range(starts):
-            means = np.quantile(x, (np.arange(k) + 0.5) / k) if start == 0 else np.linspace(x[0], x[-1], k + 2)[1:-1] if start == 1 else np.sort(rng.choice(x, k, replace=False))
-            fits.append(_expectation_maximisation(x, means, iterations))
-        loglik, means, _, width, responsibility = max(fits, key=lambda f: f[0])
-        entropy = -(responsibility * np.log(np.maximum(responsibility, 1e-300))).sum()
-        icl.append(-2 * loglik + 2 * k * np.log(len(x)) + 2 * entropy)
-        found.append((k, means, width, responsibility.argmax(1) + 1))
-    components, means, width, n = found[int(np.argmin(icl))]
-    return Mixture(n[order], components, np.array(icl), means, float(width))
+        starts = [np.quantile(x, (np.arange(k) + 0.5) / k), np.linspace(x.min(), x.max(), k + 2)[1:-1]]
+        starts += [rng.choice(x, k, replace=False) for _ in range(2)]
+        if fits:
+            means, width, heaviest = fits[-1].means, fits[-1].width, np.argmax(fits[-1].weights)
+            edges = np.concatenate([[x.min()], means, [x.max()]])
+            widest = np.argmax(np.diff(edges))
+            starts.append(np.append(means, edges[widest : widest + 2].mean()))
+            starts.append(np.append(np.delete(means, heaviest), means[heaviest] + width * np.array([-1, 1])))
+        rough = max((_expectation_maximisation(x, _begin(x, means, dose), 0.1) for means in starts), key=lambda f: f.log_likelihood)
+        fits.append(_expectation_maximisation(x, rough, 1e-3))
+    icl = np.array([integrated_classification_likelihood(x, fit) for fit in fits])
+    components = int(np.argmin(icl)) + 1
+    return Mixture(probabilities(x, fits[components - 1]).argmax(1) + 1, icl, tuple(fits), components)
 
 
-def _expectation_maximisation(x, means, iterations):
-    k = len(means)
-    width = max((x[-1] - x[0]) / (4 * k), 1e-3 * abs(x).max())
+def count_by_hybrid(cross_section: np.ndarray, library: np.ndarray, dose: float = np.inf, scale_sd: float = 0.05) -> Counts:
+    """Atom numbers by a mixture whose means are the library's cross-sections (n_max,) times one factor near one, of prior sd `scale_sd`.
+
+    Shares of the atom numbers and the width are fitted as in a mixture, so that no sd need be known; the library says which
+    component is how many atoms, and keeps too many or too few from being fitted. De wael et al., Ultramicroscopy 177, 69 (2017).
+    Probabilities are means over the factor's posterior, and the shares shrunk a little towards equal ones: at low dose the factor is
+    hardly measured, and the likeliest one alone would be too sure of its counts.
+    """
+    x = np.asarray(cross_section, float)
+    logs = np.linspace(-2.5, 2.5, 61) * scale_sd
+    fits = [_begin(x, library, dose)]
+    for log in logs:  # each from the last one's shares and width
+        fits.append(_expectation_maximisation(x, fits[-1]._replace(means=np.exp(log) * library), 0.01, SHRINK))
+    fits = fits[1:]
+    log_p = np.array([fit.log_likelihood for fit in fits]) - 0.5 * (logs / scale_sd) ** 2
+    weight = np.exp(log_p - logsumexp(log_p))
+    probability = sum(w * probabilities(x, fit) for w, fit in zip(weight, fits, strict=True))
+    best = int(np.argmax(weight))
+    return Counts(probability.argmax(1) + 1, probability, float(np.exp(logs[best])), fits[best]._replace(weights=probability.mean(0)))
+
+
+def probabilities(cross_section: np.ndarray, fit: Components) -> np.ndarray:
+    """Probability (C, K) of each column to belong to each component."""
+    log_p = _log_density(np.asarray(cross_section, float), fit.means, fit.weights, fit.widths)
+    return np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True))
+
+
+def integrated_classification_likelihood(cross_section: np.ndarray, fit: Components) -> float:
+    """-2 log L + (number of parameters) log C + 2 * classification entropy: K means, K - 1 shares and one width."""
+    p = probabilities(cross_section, fit)
+    entropy = -(p * np.log(np.maximum(p, 1e-300))).sum()
+    return float(-2 * fit.log_likelihood + 2 * len(fit.means) * np.log(len(p)) + 2 * entropy)
+
+
+def expected_confusion(n: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """Expected number of columns (n_max, n_max) by counted (row) and true (column) number of atoms 1 ... n_max.
+
+    As right as the probabilities (C, n_max) are. The share off the diagonal of a row is the chance that such a count is wrong.
+    """
+    counted = np.arange(1, probability.shape[1] + 1)[:, None] == np.asarray(n)
+    return counted.astype(float) @ probability
+
+
+def _begin(x: np.ndarray, means: np.ndarray, dose: float) -> Components:
+    return Components(means, np.full(len(means), 1 / len(means)), np.ptp(x) / (4 * len(means)), dose, -np.inf)
+
+
+def _expectation_maximisation(x: np.ndarray, fit: Components, tolerance: float, shrink: float | None = None, iterations: int = 500) -> Components:
+    """Components from starting ones, until the log-likelihood grows by less than `tolerance`; with `shrink` the means stay, and each share is that of so many more columns.
+
+    The common variance s of components of variance v_k = s + mean_k / dose takes Fisher's scoring step: the mean of each component's
+    excess over Poisson's variance, weighted by (its columns) / v_k^2, which without a dose is the usual maximisation.
+    """
+    powers = np.stack([np.ones_like(x), x, x**2], 1)
     floor = 2e-3 * abs(x).max()  # two equal values would otherwise pull the width to zero
-    weights = np.full(k, 1 / k)
-    previous = -np.inf
+    fit = fit._replace(width=max(fit.width, floor), log_likelihood=-np.inf)
     for _ in range(iterations):
-        log_p = np.log(weights) - 0.5 * ((x[:, None] - means) / width) ** 2 - np.log(width * np.sqrt(2 * np.pi))
-        total = logsumexp(log_p, axis=1)
-        responsibility = np.exp(log_p - total[:, None])
-        loglik = total.sum()
-        if loglik - previous < 0.01:  # criteria of different numbers of components differ by far more
+        means, variance = fit.means, fit.widths**2
+        log_p = powers @ np.stack([np.log(fit.weights) - 0.5 * np.log(2 * np.pi * variance) - 0.5 * means**2 / variance, means / variance, -0.5 / variance])
+        highest = log_p.max(1)
+        p = np.exp(log_p - highest[:, None])
+        total = p.sum(1)
+        log_likelihood = float((highest + np.log(total)).sum())
+        settled = abs(log_likelihood - fit.log_likelihood) < tolerance
+        fit = fit._replace(log_likelihood=log_likelihood)
+        if settled:
             break
-        previous = loglik
-        share = responsibility.sum(0) + 1e-12
-        means, weights = responsibility.T @ x / share, share / share.sum()
-        width = max(np.sqrt((responsibility * (x[:, None] - means) ** 2).sum() / len(x)), floor)
-    order = np.argsort(means)
-    return loglik, means[order], weights[order], width, responsibility[:, order]
+        share, first, second = (powers / total[:, None]).T @ p
+        share = share + 1e-12
+        if shrink is None:
+            means = first / share
+        trust = share / variance**2
+        excess = (second - 2 * means * first) / share + means**2 - np.maximum(means, 0) / fit.dose
+        width = np.sqrt(max(trust @ excess / trust.sum(), floor**2))
+        weights = share + (shrink or 0.0)
+        fit = fit._replace(means=means, weights=weights / weights.sum(), width=float(width))
+    order = np.argsort(fit.means) if shrink is None else np.arange(len(fit.means))
+    return fit._replace(means=fit.means[order], weights=fit.weights[order])

@@ -192,9 +192,13 @@ def read_variance_of(config: Config) -> float:
 
 def column_geometry(config: Config) -> CrystalColumns:
     """Columns of the config's crystal along its zone axis."""
+    return crystal_columns(crystal_of(config), config.specimen.zone_axis)
+
+
+def crystal_of(config: Config) -> UnitCell:
+    """The config's crystal."""
     s = config.specimen
-    crystal = read_cell(config) if s.cell_file else unit_cell(s.structure, s.lattice_constant_A, s.lattice_constant_c_A)
-    return crystal_columns(crystal, s.zone_axis)
+    return read_cell(config) if s.cell_file else unit_cell(s.structure, s.lattice_constant_A, s.lattice_constant_c_A)
 
 
 def read_cell(config: Config) -> UnitCell:

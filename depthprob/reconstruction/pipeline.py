@@ -24,11 +24,13 @@ from ..physics.gram import default_sampling
 from ..physics.library import ColumnLibrary
 from ..physics.particle import images_from_gram, simulate_particle
 from ..physics.specimen import debye_waller_b_from_rms
-from .columns import central_average, find_columns, fit_columns
-from .counting import count_by_library, gaussian_mixture_counts
+from ..statstem import ColumnResult, write_statstem
+from .columns import ColumnFit, central_average, find_columns, fit_columns
+from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .lattice import snap
-from .libraries import atoms_needed, column_geometry, detector_of, library_for, microscope_of, neighbouring_libraries, read_variance_of
+from .libraries import atoms_needed, column_geometry, crystal_of, detector_of, library_for, microscope_of, neighbouring_libraries, read_variance_of
+from .surface import ColumnEnds, Surface, column_ends, count_variance, find_surface, surface_as_dict
 
 GAUGE = "absolute: z = 0 is the plane in focus at defocus 0 (the focus offset is held at zero)"
 GAUGE_FREE = "relative: with a free focus offset only depths relative to the field's mean are measured, and the mean of all depths is zero"
@@ -49,14 +51,15 @@ class Reconstruction:
     drift_px: np.ndarray
     drift_sd_px: np.ndarray
     average_image: np.ndarray
-    gaussian_model_image: np.ndarray
+    column_fit: ColumnFit
     positions: np.ndarray
     cross_section: np.ndarray
     cross_section_sd: np.ndarray
     n_atoms: np.ndarray
     n_probability: np.ndarray
     library_cross_section: np.ndarray
-    mixture_icl: np.ndarray
+    mixture: Mixture
+    hybrid: Counts
     gaussian_depth: np.ndarray
     gaussian_depth_sd: np.ndarray
     depth: np.ndarray
@@ -71,6 +74,8 @@ class Reconstruction:
     atom_sd: np.ndarray
     site_probability: np.ndarray
     column_of_atom: np.ndarray
+    ends: ColumnEnds
+    surface: Surface
     column_series: np.ndarray
     gaussian_fit_series: np.ndarray
     joint_fit_series: np.ndarray
@@ -202,7 +207,8 @@ def reconstruct(
     stages("counts")
     reference = library_cross_sections(library, defocus[chosen], pixel)
     counted = count_by_library(columns.volume, columns.volume_sd, reference, scale_sd=0.05)
-    mixture = gaussian_mixture_counts(columns.volume, max_components=min(len(found), library.n_max + 3))
+    mixture = gaussian_mixture_counts(columns.volume, min(len(found), library.n_max + 3))
+    hybrid = count_by_hybrid(columns.volume, reference, float(dose[chosen].sum()))
 
     stages("joint fit")
     series = FocalSeries(defocus, pixel, dose, fraction.shape[1:], periodic)
@@ -283,6 +289,12 @@ def reconstruct(
     lean = np.asarray(config.specimen.tilt_mrad) * 1e-3  # what the tilt moves aside, Å per Å of depth
     snapped = snap(positions - np.outer(depth, lean), depth, depth_sd, n_now, geometry, position_sd)
 
+    stages("surface")
+    atoms = snapped.atoms + np.pad(np.outer(snapped.atoms[:, 2], lean), [(0, 0), (0, 1)])
+    ends = column_ends(depth, depth_sd, n_now, recount.probability, geometry.spacing)
+    variance = count_variance(n_now, recount.probability)
+    surface = find_surface(atoms, snapped.column_of_atom, ends, variance, positions, crystal_of(config), config.specimen.zone_axis)
+
     rate = fit.rates(estimate.parameters, problem)
     leverage = likelihood.leverages(estimate, problem) if fit is likelihood else None
     fit_quality = goodness_of_fit(estimate.parameters, problem, rate, leverage)
@@ -320,14 +332,15 @@ def reconstruct(
         drift_px=drift_px - drift_px.mean(0),
         drift_sd_px=np.hypot(estimate.sd("shift_x"), estimate.sd("shift_y")) / pixel / np.sqrt(2) if "shift_x" in problem.free else np.full(len(defocus), np.nan),
         average_image=average,
-        gaussian_model_image=columns.model_image,
+        column_fit=columns,
         positions=positions,
         cross_section=columns.volume,
         cross_section_sd=columns.volume_sd,
         n_atoms=n_now,
         n_probability=recount.probability,
         library_cross_section=reference * counted.scale,
-        mixture_icl=mixture.icl,
+        mixture=mixture,
+        hybrid=hybrid,
         gaussian_depth=gaussian_depth,
         gaussian_depth_sd=baseline.sd,
         depth=depth,
@@ -338,10 +351,12 @@ def reconstruct(
         goodness_of_fit=fit_quality,
         lattice_depth=snapped.depth,
         lattice_probability=snapped.probability,
-        atoms=snapped.atoms + np.pad(np.outer(snapped.atoms[:, 2], lean), [(0, 0), (0, 1)]),
+        atoms=atoms,
         atom_sd=snapped.atom_sd,
         site_probability=snapped.site_probability,
         column_of_atom=snapped.column_of_atom,
+        ends=ends,
+        surface=surface,
         column_series=baseline.intensity,
         gaussian_fit_series=baseline.model,
         joint_fit_series=joint_series,
@@ -398,7 +413,7 @@ def _provenance(config: Config, seconds: dict, method: str, library: ColumnLibra
 
 
 def write(result: Reconstruction, folder: Path) -> None:
-    """The files of a reconstruction: columns.csv, drift.csv, posterior.nc, structure.xyz, report.html, provenance.json."""
+    """The files of a reconstruction: columns.csv, columns.mat (of the fit to the average image, as StatSTEM keeps it), drift.csv, posterior.nc, structure.xyz, surface.json, report.html, provenance.json."""
     from ..report import write_report
 
     folder = Path(folder)
@@ -421,10 +436,24 @@ def write(result: Reconstruction, folder: Path) -> None:
             "goodness_of_fit": result.goodness_of_fit,
             "lattice_depth_A": result.lattice_depth,
             "lattice_probability": result.lattice_probability,
+            "n_atoms_hybrid": result.hybrid.n,
+            "top_A": result.ends.top,
+            "top_sd_A": result.ends.top_sd,
+            "bottom_A": result.ends.bottom,
+            "bottom_sd_A": result.ends.bottom_sd,
+            "thickness_A": result.ends.thickness,
+            "thickness_sd_A": result.ends.thickness_sd,
         },
     )
+    fit = result.column_fit
+    of_average = ColumnResult(
+        result.average_image, result.pixel_size, fit.positions, fit.volume, np.full(len(fit.volume), fit.width), fit.background, fit.model_image,
+        result.library_cross_section, result.mixture, result.n_atoms,
+    )
+    write_statstem(folder / "columns.mat", of_average, result.element)
     write_drift_csv(folder / "drift.csv", result.defocus, result.drift_px, result.drift_sd_px)
-    write_xyz(folder / "structure.xyz", result.element, result.atoms, result.atom_sd, result.site_probability, result.column_of_atom, result.gauge)
+    write_xyz(folder / "structure.xyz", result.element, result.atoms, result.atom_sd, result.site_probability, result.column_of_atom, result.surface.coordination, result.gauge)
+    write_json(folder / "surface.json", surface_as_dict(result.surface))
     write_netcdf(result.data, folder / "posterior.nc")
     write_json(folder / "provenance.json", result.provenance)
     write_report(folder / "report.html", result)

@@ -35,7 +35,7 @@ def told(section, **values):
 
 def given(counts=None, foci=FOCI):
     """The stack with other counts or foci."""
-    return CONFIG, dataclasses.replace(STACK, data=STACK.data if counts is None else np.asarray(counts, float), defocus_A=foci)
+    return CONFIG, STACK._replace(data=STACK.data if counts is None else np.asarray(counts, float), defocus_A=foci)
 
 
 def moved(images, shifts):
