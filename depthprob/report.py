@@ -17,6 +17,8 @@ from scipy.spatial import cKDTree
 from . import plotting
 from .inference.gaussian_peak import disc_radius
 from .io import atomic_write
+from .reconstruction.columns import central_average
+from .reconstruction.drift import shift_images
 
 
 def write_report(path, result) -> None:
@@ -163,6 +165,17 @@ def _figures(r, truth):
     yield "Drift, columns and atom counts", figure, (
         "Left: displacement of the object in each image, as the joint fit found it; bands are one standard deviation. "
         "Right: average of the sharpest images, each column with its number of atoms."
+    )
+    chosen = central_average(r.stack, r.defocus)[1]
+    images = r.stack[chosen] / (np.asarray(r.dose)[chosen, None, None] * r.pixel_size**2)
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    *pictures, residuals = figure.subplots(1, 4)
+    plotting.plot_drift_correction(pictures, images.mean(0), shift_images(images, -r.drift_px[chosen]).mean(0), r.pixel_size)
+    plotting.plot_drift(residuals, r.defocus, r.drift_start_px - r.drift_px, r.drift_sd_px)
+    residuals.set(ylabel="start minus joint fit (pixels)", title="residual of the start")
+    yield "Drift correction", figure, (
+        f"Average of the {len(chosen)} sharpest images as they came and with their drift taken back (a picture only: the fit moves the model, not the data), and the "
+        "difference. Right: by how much the shifts that the joint fit started from, by phase correlation or from a file, missed what it found; bands are its standard deviation."
     )
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     a, b = figure.subplots(1, 2)

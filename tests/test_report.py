@@ -33,7 +33,7 @@ def made_up(n_columns=16, **changes) -> Reconstruction:
     shape = (round((positions.max() + 3) / 0.4),) * 2
     values = dict(
         stack=rng.poisson(20, (len(defocus), *shape)), defocus=defocus, pixel_size=0.4, dose=np.full(len(defocus), 1e4), element="Au", spacing=4.08,
-        drift_px=np.zeros((len(defocus), 2)), drift_sd_px=np.full(len(defocus), 0.1), average_image=rng.random(shape), gaussian_model_image=rng.random(shape),
+        drift_px=np.zeros((len(defocus), 2)), drift_sd_px=np.full(len(defocus), 0.1), drift_start_px=np.zeros((len(defocus), 2)), average_image=rng.random(shape), gaussian_model_image=rng.random(shape),
         positions=positions, cross_section=0.02 * n, cross_section_sd=np.full(count, 1e-3), n_atoms=n, n_probability=np.eye(8)[n - 1], library_cross_section=0.02 * np.arange(1, 9),
         mixture_icl=np.arange(5.0), gaussian_depth=depth + 0.5, gaussian_depth_sd=2 * sd, depth=depth, depth_sd=sd, depth_q05=depth - sd, depth_q95=depth + sd, crlb=sd,
         goodness_of_fit=np.zeros(count), lattice_depth=depth, lattice_probability=np.ones(count), atoms=np.column_stack([positions[column], depth[column] + 4.08 * place]),
