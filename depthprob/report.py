@@ -54,7 +54,7 @@ VIEWS = """
 <button type="button" data-for="map" data-key="-" aria-label="zoom out">&minus;</button><button type="button" data-for="map" data-key="0">whole</button></div>
 <canvas id="map" tabindex="0" role="img" aria-label="Map of the columns over the average image; the table below lists the same numbers"></canvas><div class="scale" id="map-scale"></div></div>
 <div class="view"><h3>Particle</h3>
-<div class="tools"><label>colour <select id="model-colour"><option value="depth">depth</option><option value="sd">sd of depth</option></select></label>
+<div class="tools"><label>colour <select id="model-colour"><option value="depth">depth</option><option value="sd">sd of depth</option><option value="probability">site probability</option></select></label>
 <button type="button" data-for="model" data-key="beam">beam view</button><button type="button" data-for="model" data-key="side">side view</button>
 <button type="button" data-for="model" data-key="+" aria-label="zoom in">+</button><button type="button" data-for="model" data-key="-" aria-label="zoom out">&minus;</button>
 <button type="button" data-for="model" data-key="0">whole</button></div>
@@ -81,7 +81,7 @@ def page_data(r, truth) -> dict:
         "defocus": _numbers(r.defocus),
         "variance_per_fraction": _numbers(1 / (np.asarray(r.dose) * np.pi * disc_radius(r.positions) ** 2)),  # of a disc's Poisson counts
         "series": {"measured": _packed(r.column_series), "gaussian": _packed(r.gaussian_fit_series), "joint": _packed(r.joint_fit_series)},
-        "atoms": _packed(np.vstack([r.atoms.T, r.atom_sd[:, 2], r.column_of_atom])),
+        "atoms": _packed(np.vstack([r.atoms.T, r.atom_sd[:, 2], r.site_probability, r.column_of_atom])),
         "image": {"src": _grey(r.average_image), "shape": r.average_image.shape, "pixel_A": r.pixel_size},
     }
 

@@ -103,9 +103,9 @@ def test_without_javascript_figures_and_numbers_stand_and_nothing_is_fetched(pag
 def test_long_arrays_reach_the_page_in_single_precision():
     found = made_up()
     data = page_data(found, None)
-    atoms = np.frombuffer(base64.b64decode(data["atoms"]), "<f4").reshape(5, -1)
+    atoms = np.frombuffer(base64.b64decode(data["atoms"]), "<f4").reshape(6, -1)
     np.testing.assert_array_equal(atoms[:3].T, found.atoms.astype("f4"))
-    np.testing.assert_array_equal(atoms[4], found.column_of_atom)
+    np.testing.assert_array_equal(atoms[5], found.column_of_atom)
     joint = np.frombuffer(base64.b64decode(data["series"]["joint"]), "<f4").reshape(found.joint_fit_series.shape)
     np.testing.assert_array_equal(joint, found.joint_fit_series.astype("f4"))
 

@@ -237,13 +237,12 @@ window.addEventListener("error", (event) => {
 
   function particle(canvas) {
     const ctx = canvas.getContext("2d");
-    const all = floats(data.atoms), n = all.length / 5;
-    const [ax, ay, az, sd, of] = [0, 1, 2, 3, 4].map((i) => all.subarray(i * n, (i + 1) * n));
+    const all = floats(data.atoms), n = all.length / 6;
+    const [ax, ay, az, sd, probability, of] = [0, 1, 2, 3, 4, 5].map((i) => all.subarray(i * n, (i + 1) * n));
+    const colours = { depth: [az, 2, "depth of an atom (Å)"], sd: [sd, 2, "sd of an atom's depth, on its plane (Å)"], probability: [probability, 3, "probability of an atom's site"] };
     const bounds = [ax, ay, az].map(extent);
-    const centre = bounds.map(([low, high]) => (low + high) / 2);
-    const size = Math.hypot(...bounds.map(([low, high]) => (high - low) / 2)) + 2 * data.atom_A;
-    const depths = Float32Array.from(az);
-    let turn, zoom, pan, levels;
+    const centre = bounds.map(([low, high]) => (low + high) / 2), half = bounds.map(([low, high]) => (high - low) / 2 + 2 * data.atom_A);
+    let turn, zoom, pan, levels; // zoom: screen pixels per Å
     let image = null, pixels, near, ids;
 
     // rows: right, down, into the page. Along the beam that is x, y, z, as in the images.
@@ -256,7 +255,10 @@ window.addEventListener("error", (event) => {
       m[j][i] = s;
       return m;
     };
-    const look = (rows) => { [turn, zoom, pan] = [rows, 1, [0, 0]]; };
+    const look = (rows) => {
+      const reach = rows.map((row) => row.reduce((sum, v, i) => sum + Math.abs(v) * half[i], 0));
+      [turn, zoom, pan] = [rows, Math.min(canvas.clientWidth / reach[0], canvas.clientHeight / reach[1]) / 2, [0, 0]];
+    };
     const reset = () => look(multiply(about(1, 2, -0.3), multiply(about(0, 2, 0.5), views.side)));
 
     // Pixels of a ball: offsets, height towards the eye, and brightness, dark at the rim.
@@ -286,7 +288,7 @@ window.addEventListener("error", (event) => {
       pixels.fill(0xffffffff);
       near.fill(Infinity);
       ids.fill(-1);
-      const k = (zoom * 0.46 * Math.min(w, h)) / size, radius = Math.max(1, Math.min(150, Math.round(data.atom_A * k)));
+      const k = zoom * ratio, radius = Math.max(1, Math.min(150, Math.round(data.atom_A * k)));
       const [dx, dy, up, shade] = ball(radius);
       const [right, down, into] = turn.map((row) => row.map((v) => v * k));
       const [cx, cy] = [w / 2 + pan[0] * ratio, h / 2 + pan[1] * ratio];
@@ -320,6 +322,8 @@ window.addEventListener("error", (event) => {
     // The beam's direction and the image's axes, in the corner, turning with the particle.
     function compass(w, h, ratio) {
       const length = 38 * ratio, at = [62 * ratio, h - 62 * ratio];
+      ctx.fillStyle = "rgba(255, 255, 255, 0.8)";
+      ctx.fillRect(at[0] - 60 * ratio, at[1] - 60 * ratio, 120 * ratio, 120 * ratio);
       ctx.lineWidth = 2 * ratio;
       ctx.font = `${13 * ratio}px system-ui, sans-serif`;
       ctx.textAlign = "center";
@@ -333,8 +337,10 @@ window.addEventListener("error", (event) => {
           ctx.moveTo(at[0] + dx, at[1] + dy);
           ctx.lineTo(at[0] + dx + 7 * ratio * Math.cos(angle + side), at[1] + dy + 7 * ratio * Math.sin(angle + side));
         }
+        if (reach <= 6 * ratio) ctx.arc(...at, 5 * ratio, 0, 2 * Math.PI); // seen end on
         ctx.stroke();
-        ctx.fillText(label, at[0] + dx + 12 * ratio * (reach ? dx / reach : 0), at[1] + dy + 13 * ratio * (reach ? dy / reach : 0) + 5 * ratio);
+        const [tx, ty] = reach > 6 * ratio ? [dx / reach, dy / reach] : [-0.3, -1];
+        ctx.fillText(label, at[0] + dx + 12 * ratio * tx, at[1] + dy + 13 * ratio * ty + 5 * ratio);
       }
     }
 
@@ -358,8 +364,8 @@ window.addEventListener("error", (event) => {
       },
     });
     const recolour = () => {
-      const [values, label] = $("model-colour").value === "sd" ? [sd, "sd of an atom's depth (Å)"] : [depths, "depth of an atom (Å)"];
-      levels = Array.from(values).map(colouring(Array.from(values), 2, label, "model-scale"));
+      const [values, digits, label] = colours[$("model-colour").value];
+      levels = Array.from(values).map(colouring(values, digits, label, "model-scale"));
       redraw();
     };
     $("model-colour").addEventListener("change", recolour);
@@ -473,9 +479,9 @@ window.addEventListener("error", (event) => {
   let chosen = -1, views = [];
   const choose = (c) => { location.hash = `column=${c}`; };
   function follow() {
-    const wanted = Number(location.hash.match(/^#column=(\d+)$/)?.[1] ?? data.first);
-    if (wanted >= data.count || wanted === chosen) return;
-    chosen = wanted;
+    const wanted = Number(location.hash.match(/^#column=(\d+)$/)?.[1] ?? data.first), known = wanted < data.count ? wanted : data.first;
+    if (known === chosen) return;
+    chosen = known;
     showColumn(chosen);
     for (const redraw of views) redraw();
     fillTable();
