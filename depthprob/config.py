@@ -289,6 +289,7 @@ class FocalSeriesConfig:
     field_of_view_A: float = _key(12.0, _positive)
     foci_table: str | None = _key(None, _text)
     image_files: tuple[str, ...] | None = _key(None, _list_of(_text))
+    drift_file: str | None = _key(None, _text)  # shifts found elsewhere, as in drift.csv; the fit starts from them
 
     @property
     def defocus(self) -> np.ndarray:
@@ -568,21 +569,21 @@ def _read_section(section: str, raw: Any) -> Any:
     return read
 
 
-def read_foci_table(path: Path) -> dict[str, list[Any]]:
-    """The columns of a table of foci, a row (CSV) or a list's entry (TOML) an image.
+def read_table(path: Path, key: str, needed: Iterable[str], numbers: Iterable[str] = (), texts: Iterable[str] = ()) -> dict[str, list[Any]]:
+    """The columns of a table named by the config's `key`, a row (CSV) or a list's entry (TOML) an image.
 
-    Columns are defocus_A and, optional, file and dose_e_per_A2; returned under the names of [focal_series].
+    Columns `needed` must be there and hold numbers; `numbers` and `texts` may be there.
 
     Raises
     ------
     InputError
         No such file, unknown or missing columns, rows of unequal length, text where a number belongs.
     """
-    known = {"defocus_A": "defocus_A", "dose_e_per_A2": "dose_e_per_A2", "file": "image_files"}
+    known = [*needed, *numbers, *texts]
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"cannot read foci_table {str(path)!r}: {error.strerror}.") from None
+        raise InputError(f"cannot read {key} {str(path)!r}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text ({error.reason}). Save it as UTF-8.") from None
     if path.suffix.lower() == ".toml":
@@ -603,21 +604,24 @@ def read_foci_table(path: Path) -> dict[str, list[Any]]:
     for name in columns:
         if name not in known:
             raise InputError(f"{path}: unknown column {name!r}. {_nearest(name, known)}")
-    if not columns.get("defocus_A"):
-        raise InputError(f"{path} has the columns {list(columns)}; needed is defocus_A with a focus for every image. Name it in the first row.")
-    for name in known.keys() - {"file"} & columns.keys():
+    missing = [name for name in needed if not columns.get(name)]
+    if missing:
+        raise InputError(f"{path} has the columns {list(columns)}; needed is {missing[0]} with a number for every image. Name it in the first row.")
+    for name in columns.keys() - set(texts):
         try:
             columns[name] = [float(value) for value in columns[name]]
         except (TypeError, ValueError):
             raise InputError(f"{path}: {name} holds {columns[name]!r}; allowed are numbers.") from None
-    return {known[name]: values for name, values in columns.items()}
+    return columns
 
 
 def _with_foci_table(table: Any, folder: Path) -> Any:
     """[focal_series] with what its foci_table says."""
     if not isinstance(table, Mapping) or not isinstance(table.get("foci_table"), str):
         return table
-    found = read_foci_table(folder / Path(table["foci_table"]).expanduser())
+    names = {"defocus_A": "defocus_A", "dose_e_per_A2": "dose_e_per_A2", "file": "image_files"}
+    columns = read_table(folder / Path(table["foci_table"]).expanduser(), "foci_table", ("defocus_A",), ("dose_e_per_A2",), ("file",))
+    found = {names[name]: values for name, values in columns.items()}
     rivals = [k for k in table if k in found or (k.startswith("defocus_") and "defocus_A" in found)]
     if rivals:
         raise InputError(f"[focal_series] gives both foci_table and {rivals[0]}; allowed is one. Remove the other.")
@@ -644,6 +648,7 @@ def config_from_dict(raw: Mapping[str, Any], folder: str | Path = ".") -> Config
         "specimen.structure_file": config.specimen.structure_file,
         "specimen.cell_file": config.specimen.cell_file,
         "detector.sensitivity": config.detector.sensitivity,
+        "focal_series.drift_file": config.focal_series.drift_file,
     }.items():
         if value is not None and not config.resolve(value).is_file():
             raise InputError(

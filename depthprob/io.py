@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Real
 
-from .config import Config
+from .config import Config, read_table
 from .errors import InputError
 
 COLUMNS = (
@@ -724,6 +724,38 @@ def write_columns_csv(path: str | Path, rows: Mapping[str, Any]) -> None:
         raise ValueError(f"columns.csv lacks {missing}; every one of {COLUMNS} is needed.")
     order = [*COLUMNS, *(name for name in rows if name not in COLUMNS)]
     _write_csv(path, {name: rows[name] for name in order})
+
+
+def read_drift_csv(path: Path, defocus_A: Real[np.ndarray, " focus"], shape: tuple[int, int]) -> Real[np.ndarray, "focus 2"]:
+    """Displacement (dx, dy) [pixel] of the object in every image, mean zero, from a table as `write_drift_csv` writes it.
+
+    Columns image (counted from 0), dx_px and dy_px, rows in any order; a defocus_A must be the series' own, an sd_px is not read.
+
+    Raises
+    ------
+    InputError
+        No such file or no such table; not one row for each image; foci unlike the series'; shifts that are not finite or carry the object out of the field.
+    """
+    names = ("image", "dx_px", "dy_px")
+    table = {name: np.asarray(values) for name, values in read_table(path, "focal_series.drift_file", names, ("defocus_A", "sd_px")).items()}
+    count, order = len(defocus_A), np.argsort(table["image"])
+    if any(len(values) != count for values in table.values()) or not np.array_equal(table["image"][order], np.arange(count)):
+        raise InputError(f"{path} numbers its images {table['image'].tolist()}; the series has {count}, and allowed is one row for each, numbered from 0 to {count - 1}.")
+    table = {name: values[order] for name, values in table.items()}
+    unlike = ~np.isclose(table.get("defocus_A", defocus_A), defocus_A, atol=1e-3)
+    if unlike.any():
+        i = int(unlike.argmax())
+        raise InputError(f"{path} has image {i} at defocus {table['defocus_A'][i]:g} Å, the config at {defocus_A[i]:g} Å. Give the shifts of this series, or leave the column out.")
+    shifts = np.stack([table["dx_px"], table["dy_px"]], 1)
+    shifts = shifts - shifts.mean(0)
+    lost = ~(abs(shifts) < np.array(shape)[::-1] / 2).all(1)
+    if lost.any():
+        i = int(lost.argmax())
+        raise InputError(
+            f"{path} has the object of image {i} displaced by {shifts[i].tolist()} px from the series' mean; allowed is less than half the field of {shape[1]} x {shape[0]} px. "
+            "Give pixels of this series."
+        )
+    return shifts
 
 
 def write_drift_csv(

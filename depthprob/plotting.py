@@ -32,6 +32,19 @@ def plot_drift(ax, defocus, drift_px, sd_px):
     ax.legend(frameon=False, fontsize=8)
 
 
+def plot_drift_correction(axes, before, after, pixel_size):
+    """Averages of the same images as they came and with their drift taken back, on one grey scale, and what that changed."""
+    extent = _extent(before.shape, pixel_size)
+    limits = {"vmin": min(before.min(), after.min()), "vmax": max(before.max(), after.max())}
+    change = after - before
+    pictures = ((before, "before", "gray", limits), (after, "after", "gray", limits), (change, "after minus before", "PuOr", {"vmin": -abs(change).max(), "vmax": abs(change).max()}))
+    for ax, (image, name, colours, scale) in zip(axes, pictures, strict=True):
+        drawn = ax.imshow(image, cmap=colours, extent=extent, **scale)
+        ax.set(xlabel="x (Å)", title=name if image is change else f"{name}: sd / mean {image.std() / image.mean():.2f}")
+        ax.figure.colorbar(drawn, ax=ax, label="fraction of beam", shrink=0.8)
+    axes[0].set_ylabel("y (Å)")
+
+
 def plot_counts(ax, image, positions, n_atoms, pixel_size):
     """Average of the sharpest images with every column's number of atoms."""
     ax.imshow(image, cmap="gray", extent=_extent(image.shape, pixel_size))

@@ -1,39 +1,140 @@
 """One self-contained page that tells what was found, for somebody who has not read the manual."""
 
 import base64
+import hashlib
 import html
 import io as bytes_io
 import json
+from importlib import resources
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from scipy.spatial import cKDTree
 
 from . import plotting
+from .inference.gaussian_peak import disc_radius
 from .io import atomic_write
+from .reconstruction.columns import central_average
 from .reconstruction.counting import expected_confusion
-
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.6em} h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #ddd}
-img{max-width:100%} figure{margin:1em 0} figcaption{color:#444;font-size:.92em}
-.warning{background:#fff4e0;border-left:5px solid #d55e00;padding:.6em 1em;margin:.5em 0}
-.good{background:#eaf6f1;border-left:5px solid #009e73;padding:.6em 1em}
-table{border-collapse:collapse;font-size:.85em} td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #eee}
-pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:.8em}
-"""
+from .reconstruction.drift import shift_images
 
 
 def write_report(path, result) -> None:
-    """Write report.html from a `Reconstruction`; all figures inside, all text escaped."""
+    """Write report.html from a `Reconstruction`: figures, data and script inside, all text escaped, nothing fetched, readable without JavaScript."""
     truth_depth = _matched_truth(result)
-    parts = [f"<h1>Depths of {len(result.depth)} columns of {html.escape(result.element)}</h1>", _summary(result, truth_depth)]
-    parts += [f'<div class="warning">{html.escape(w)}</div>' for w in result.warnings]
+    data = page_data(result, truth_depth)
+    parts = [f"<h1>Depths of {len(result.depth)} columns of {html.escape(result.element)}</h1>"]
+    parts += [f'<div class="warning" role="note">{html.escape(w)}</div>' for w in result.warnings]
+    parts += [_summary(result, truth_depth), VIEWS, _table(data["quantities"])]
     for title, figure, caption in _figures(result, truth_depth):
         parts.append(f"<h2>{html.escape(title)}</h2><figure>{_image(figure, title)}<figcaption>{caption}</figcaption></figure>")
-    parts += [_diagnostics(result), _table(result), _provenance(result)]
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>depthprob report</title><style>{STYLE}</style></head><body>{"".join(parts)}</body></html>'
+    parts += [_diagnostics(result), _provenance(result)]
+    style, script = (resources.files("depthprob.data").joinpath(name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"  # runs this script and no other
+    encoded = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")  # so that no name from a file ends the script element early
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>depthprob report</title><style>{style}</style></head><body>{"".join(parts)}'
+        f'<script type="application/json" id="data">{encoded}</script><script>{script}</script></body></html>'
+    )
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+VIEWS = """
+<noscript><p class="hint">With JavaScript, the map and the particle can be turned and zoomed here, and every column clicked; the figures below show the same.</p></noscript>
+<section data-interactive hidden aria-label="Map, particle and single columns">
+<p class="hint">Click a column in the map, the particle or the table to see its series. Drag to move or turn, wheel to zoom; with the keyboard: arrows, + and -, 0 for the whole.</p>
+<div class="views">
+<div class="view"><h3>Map</h3>
+<div class="tools"><label>colour <select id="map-colour"></select></label><button type="button" data-for="map" data-key="+" aria-label="zoom in">+</button>
+<button type="button" data-for="map" data-key="-" aria-label="zoom out">&minus;</button><button type="button" data-for="map" data-key="0">whole</button></div>
+<canvas id="map" tabindex="0" role="img" aria-label="Map of the columns over the average image; the table below lists the same numbers"></canvas><div class="scale" id="map-scale"></div></div>
+<div class="view"><h3>Particle</h3>
+<div class="tools"><label>colour <select id="model-colour"><option value="depth">depth</option><option value="sd">sd of depth</option><option value="probability">site probability</option></select></label>
+<button type="button" data-for="model" data-key="beam">beam view</button><button type="button" data-for="model" data-key="side">side view</button>
+<button type="button" data-for="model" data-key="+" aria-label="zoom in">+</button><button type="button" data-for="model" data-key="-" aria-label="zoom out">&minus;</button>
+<button type="button" data-for="model" data-key="0">whole</button></div>
+<canvas id="model" tabindex="0" role="img" aria-label="Atoms of the particle in three dimensions; an arrow shows the beam"></canvas><div class="scale" id="model-scale"></div></div>
+</div>
+<div id="column"><header><h3 id="column-title" aria-live="polite"></h3><span><button type="button" id="previous">previous</button> <button type="button" id="next">next</button></span></header>
+<svg id="series" role="img" aria-labelledby="column-title"></svg><table id="numbers"></table></div>
+<div id="tip" hidden></div>
+</section>
+"""
+
+
+def page_data(r, truth) -> dict:
+    """What report.js draws: every column's numbers with their units, its series, and the atoms; long arrays as float32 in base64."""
+    likely = lambda p: [[int(n) + 1, round(float(p[n]), 4)] for n in np.flatnonzero(p > 5e-4)]
+    return {
+        "palette": [to_hex(c) for c in colormaps["cividis"].colors],
+        "count": len(r.depth),
+        "first": int(np.argsort(r.depth_sd)[len(r.depth) // 2]),  # shown until another is chosen: one of median precision
+        "disc_A": 0.42 * _neighbour_distance(r.positions),
+        "atom_A": 0.42 * _neighbour_distance(r.atoms),
+        "quantities": _quantities(r, truth),
+        "probability": [likely(p) for p in r.n_probability],
+        "defocus": _numbers(r.defocus),
+        "variance_per_fraction": _numbers(1 / (np.asarray(r.dose) * np.pi * disc_radius(r.positions) ** 2)),  # of a disc's Poisson counts
+        "series": {"measured": _packed(r.column_series), "gaussian": _packed(r.gaussian_fit_series), "joint": _packed(r.joint_fit_series)},
+        "atoms": _packed(np.vstack([r.atoms.T, r.atom_sd[:, 2], r.site_probability, r.column_of_atom])),
+        "image": {"src": _grey(r.average_image), "shape": r.average_image.shape, "pixel_A": r.pixel_size},
+    }
+
+
+def _quantities(r, truth):
+    """What is known of every column, for table, map and panel; `colour` tells whether the map may be coloured by it."""
+    values = [
+        # key, label, unit, digits, values, standard deviation, colour
+        ("x", "x", "Å", 2, r.positions[:, 0], None, False),
+        ("y", "y", "Å", 2, r.positions[:, 1], None, False),
+        ("n_atoms", "atoms", "", 0, r.n_atoms, None, True),
+        ("depth", "depth, joint fit", "Å", 2, r.depth, r.depth_sd, True),
+        ("q05", "5 % quantile", "Å", 2, r.depth_q05, None, False),
+        ("q95", "95 % quantile", "Å", 2, r.depth_q95, None, False),
+        ("gaussian", "depth, Gaussian peak", "Å", 2, r.gaussian_depth, r.gaussian_depth_sd, True),
+        ("truth", "true depth", "Å", 2, truth, None, True),
+        ("difference", "joint fit minus Gaussian peak", "Å", 2, r.depth - r.gaussian_depth, None, True),
+        ("crlb", "Cramér-Rao bound", "Å", 2, r.crlb, None, True),
+        ("lattice", "depth of its crystal plane", "Å", 2, r.lattice_depth, None, True),
+        ("plane", "probability of that plane", "", 3, r.lattice_probability, None, True),
+        ("cross_section", "scattering cross-section", "Å²", 4, r.cross_section, r.cross_section_sd, True),
+        ("fit", "goodness of fit", "sd", 2, r.goodness_of_fit, None, True),
+    ]
+    return [
+        {"key": key, "label": label, "unit": unit, "digits": digits, "values": _numbers(v), "sd": None if sd is None else _numbers(sd), "colour": colour}
+        for key, label, unit, digits, v, sd, colour in values
+        if v is not None
+    ]
+
+
+def _numbers(values):
+    """Six digits of each; None, which JSON knows, for what is not finite."""
+    return [float(f"{v:.6g}") if np.isfinite(v) else None for v in np.asarray(values, float)]
+
+
+def _packed(values):
+    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
+
+
+def _neighbour_distance(points):
+    """Median distance to the nearest other point; 3 for a single one."""
+    return float(np.median(cKDTree(points).query(points, k=2)[0][:, 1])) if len(points) > 1 else 3.0
+
+
+def _grey(image):
+    buffer = bytes_io.BytesIO()
+    imsave(buffer, image, cmap="gray", format="png")
+    return _data_url(buffer)
+
+
+def _data_url(buffer):
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _summary(r, truth):
@@ -65,6 +166,17 @@ def _figures(r, truth):
     yield "Drift, columns and atom counts", figure, (
         "Left: displacement of the object in each image, as the joint fit found it; bands are one standard deviation. "
         "Right: average of the sharpest images, each column with its number of atoms."
+    )
+    chosen = central_average(r.stack, r.defocus)[1]
+    images = r.stack[chosen] / (np.asarray(r.dose)[chosen, None, None] * r.pixel_size**2)
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    *pictures, residuals = figure.subplots(1, 4)
+    plotting.plot_drift_correction(pictures, images.mean(0), shift_images(images, -r.drift_px[chosen]).mean(0), r.pixel_size)
+    plotting.plot_drift(residuals, r.defocus, r.drift_start_px - r.drift_px, r.drift_sd_px)
+    residuals.set(ylabel="start minus joint fit (pixels)", title="residual of the start")
+    yield "Drift correction", figure, (
+        f"Average of the {len(chosen)} sharpest images as they came and with their drift taken back (a picture only: the fit moves the model, not the data), and the "
+        "difference. Right: by how much the shifts that the joint fit started from, by phase correlation or from a file, missed what it found; bands are its standard deviation."
     )
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     a, b, c = figure.subplots(1, 3)
@@ -138,8 +250,7 @@ def _surface_text(s):
 def _image(figure, title):
     buffer = bytes_io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{html.escape(title)}" src="{_data_url(buffer)}">'
 
 
 def _diagnostics(r):
@@ -153,13 +264,21 @@ def _short(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _table(r, most=300):
-    names = ("column", "x (Å)", "y (Å)", "atoms", "depth (Å)", "sd (Å)", "bound (Å)", "Gaussian peak (Å)", "its sd (Å)", "on plane", "fit")
-    values = np.column_stack([r.positions, r.n_atoms, r.depth, r.depth_sd, r.crlb, r.gaussian_depth, r.gaussian_depth_sd, r.lattice_probability, r.goodness_of_fit])
-    rows = "".join(f"<tr><td>{i}</td>" + "".join(f"<td>{v:.0f}</td>" if j == 2 else f"<td>{v:.2f}</td>" for j, v in enumerate(row)) + "</tr>" for i, row in enumerate(values[:most]))
-    note = "" if len(values) <= most else f"<p>The first {most} of {len(values)}; columns.csv has all.</p>"
-    head = "".join(f"<th>{n}</th>" for n in names)
-    return f"<h2>Columns</h2><details><summary>Every column in numbers</summary>{note}<table><tr>{head}</tr>{rows}</table><p>fit: deviance near the column in standard deviations; above 5 something is wrong.</p></details>"
+def _table(quantities, most=300):
+    """All columns, sortable, by report.js into #rows; without it the first `most`."""
+    count = len(quantities[0]["values"])
+    shown = lambda v, digits: "–" if v is None else f"{v:.{digits}f}"
+    cell = lambda q, c: shown(q["values"][c], q["digits"]) + (f" ± {shown(q['sd'][c], q['digits'])}" if q["sd"] else "")
+    name = lambda q: f"{q['label']} ({q['unit']})" if q["unit"] else q["label"]
+    head = "".join(f"<th>{html.escape(name(q))}</th>" for q in quantities)
+    rows = "".join(f"<tr><td>{c}</td>{''.join(f'<td>{cell(q, c)}</td>' for q in quantities)}</tr>" for c in range(min(count, most)))
+    note = "" if count <= most else f"<p>The first {most} of {count}; columns.csv has all.</p>"
+    return (
+        f'<h2>Every column in numbers</h2><div data-static><details><summary>Table</summary>{note}<div class="wide"><table><tr><th>column</th>{head}</tr>{rows}</table></div></details></div>'
+        '<div data-interactive hidden><p class="tools"><button type="button" id="earlier">earlier</button><span id="pages"></span><button type="button" id="later">later</button>'
+        '<span class="hint">A click on a heading sorts, on a row shows the column above.</span></p><div class="wide tall"><table id="rows"></table></div></div>'
+        '<p class="hint">Goodness of fit: deviance near the column in standard deviations; above 5 something is wrong.</p>'
+    )
 
 
 def _provenance(r):

@@ -104,6 +104,7 @@ def test_a_descending_range_of_foci_is_fine():
         ({"specimen": {"n_atoms": 0}}, ["at least 1"]),
         ({"specimen": {"rms_displacement_A": 0.1, "debye_waller_B_A2": 0.6}}, ["both"]),
         ({"specimen": {"structure_file": "nowhere.xyz"}}, ["nowhere.xyz"]),
+        ({"focal_series": {"drift_file": "nowhere.csv"}}, ["focal_series.drift_file", "nowhere.csv"]),
         ({"simulation": {"parametrization": "peng"}}, ["'lobato'"]),
         ({"thermal": {"model": "frozen-phonon"}}, ["'frozen_phonon'"]),
         ({"inference": {"method": "nut"}}, ["'nuts'"]),

@@ -410,3 +410,25 @@ def test_json_writes_null_for_what_is_not_finite(tmp_path):
     io.write_json(tmp_path / "a.json", content)
     read = json.loads((tmp_path / "a.json").read_text())
     assert read == {"bound": None, "depths": [1.0, None], "n": 3, "ok": True}
+
+
+def test_shifts_come_back_from_drift_csv_in_the_order_of_the_images(tmp_path):
+    shifts = np.array([[1.5, 2.0], [0.0, -0.5], [-1.5, -1.5]])
+    io.write_drift_csv(tmp_path / "drift.csv", FOCI, shifts, np.full(3, np.nan))
+    np.testing.assert_allclose(io.read_drift_csv(tmp_path / "drift.csv", FOCI, (16, 16)), shifts)
+    (tmp_path / "other.csv").write_text("image,dx_px,dy_px\n2,4,0\n0,7,3.5\n1,5.5,1\n")  # the gauge is mean zero
+    np.testing.assert_allclose(io.read_drift_csv(tmp_path / "other.csv", FOCI, (16, 16)), shifts)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("image,dx_px,dy_px\n0,1,1\n1,0,0\n", "the series has 3"), ("image,dx_px,dy_px\n0,1,1\n1,0,0\n1,2,2\n", "numbered from 0 to 2"),
+     ("image,dx_px,dy_px\n1,1,1\n2,0,0\n3,2,2\n", "numbered from 0 to 2"), ("image,dx_px\n0,1\n1,0\n2,0\n", "needed is dy_px"),
+     ("image,dx_A,dy_px\n0,1,1\n", "Did you mean 'dx_px'"), ("image,dx_px,dy_px\n0,one,1\n1,0,0\n2,0,0\n", "allowed are numbers"),
+     ("image,dx_px,dy_px\n0,nan,1\n1,0,0\n2,0,0\n", "allowed is less than half"), ("image,dx_px,dy_px\n0,0,0\n1,0,15\n2,0,0\n", "image 1 displaced by .* field of 32 x 16 px"),
+     ("image,defocus_A,dx_px,dy_px\n0,-10,1,1\n1,1,0,0\n2,10,0,0\n", "image 1 at defocus 1 Å, the config at 0 Å")],
+)  # fmt: skip
+def test_shifts_that_contradict_the_series_are_refused_with_both_named(tmp_path, text, said):
+    (tmp_path / "d.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        io.read_drift_csv(tmp_path / "d.csv", np.array([-10.0, 0.0, 10.0]), (16, 32))

@@ -137,6 +137,33 @@ def test_drift_never_hops_a_lattice_period():
     assert len(find_columns(average, 0.204, True)) == 29 and len(chosen) == 8
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_shifts_found_elsewhere_are_where_the_fit_starts_from_and_are_refined(library, tmp_path, monkeypatch):
+    """Images that jump by whole lattice periods, and a file that knows of them but for a fifth of a pixel."""
+    import jax
+
+    from depthprob.config import config_from_dict
+    from depthprob.io import Stack, write_drift_csv
+    from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
+    from depthprob.reconstruction import pipeline
+
+    rng = np.random.default_rng(4)
+    pixel, defocus, shape = 0.34, np.arange(-60.0, 61.0, 20.0), (34, 34)
+    shifts = 2.04 * rng.integers(-1, 2, (7, 2)) / pixel
+    shifts -= shifts.mean(0)
+    positions = 4.75 + 2.04 * np.stack([a.ravel() for a in np.mgrid[:2, :2]], 1)
+    field = Field(positions, np.array([3, 4, 4, 5]), np.zeros(4), np.full(7, 1e-3), np.ones(7), pixel * shifts)
+    write_drift_csv(tmp_path / "found.csv", defocus, shifts + rng.choice([-0.2, 0.2], (7, 2)), np.full(7, 0.2))
+    config = config_from_dict({"focal_series": {"defocus_A": defocus.tolist(), "pixel_size_A": pixel, "dose_e_per_A2": 1e6, "drift_file": "found.csv"}}, tmp_path)
+    monkeypatch.delattr(pipeline, "estimate_drift")
+    with jax.enable_x64(True):
+        counts = np.asarray(expected_counts(field, library, FocalSeries(defocus, pixel, np.full(7, 1e6), shape)))
+        found = pipeline.reconstruct(Stack(counts, defocus, pixel, {}), config, library, method="mle", quiet=True)
+    assert abs(found.drift_start_px - shifts).max() > 0.1
+    np.testing.assert_allclose(found.drift_px, shifts, atol=0.01)
+
+
 @needs_particle
 @pytest.mark.filterwarnings("ignore")
 def test_whole_pipeline_on_an_independent_particle(tmp_path):

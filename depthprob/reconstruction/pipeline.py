@@ -18,7 +18,7 @@ from ..inference.counts import depth_shifts, marginal_draws, mean_square_shift
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
 from ..inference.likelihood import field_of, goodness_of_fit, make_problem
 from ..inference.posterior import LARGE, infer, to_arviz, write_netcdf
-from ..io import Stack, read_atoms, read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
+from ..io import Stack, read_atoms, read_drift_csv, read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.gram import default_sampling
 from ..physics.library import ColumnLibrary
@@ -50,6 +50,7 @@ class Reconstruction:
     spacing: float
     drift_px: np.ndarray
     drift_sd_px: np.ndarray
+    drift_start_px: np.ndarray
     average_image: np.ndarray
     column_fit: ColumnFit
     positions: np.ndarray
@@ -179,7 +180,8 @@ def reconstruct(
     geometry = column_geometry(config)
 
     stages("drift")
-    drift = estimate_drift(fraction, pixel, defocus, periodic)
+    given = config.focal_series.drift_file
+    drift = read_drift_csv(config.resolve(given), defocus, fraction.shape[1:]) if given else estimate_drift(fraction, pixel, defocus, periodic)
 
     stages("columns")
     average, chosen = central_average(shift_images(fraction, -drift, periodic), defocus)
@@ -331,6 +333,7 @@ def reconstruct(
         spacing=geometry.spacing,
         drift_px=drift_px - drift_px.mean(0),
         drift_sd_px=np.hypot(estimate.sd("shift_x"), estimate.sd("shift_y")) / pixel / np.sqrt(2) if "shift_x" in problem.free else np.full(len(defocus), np.nan),
+        drift_start_px=drift,
         average_image=average,
         column_fit=columns,
         positions=positions,
