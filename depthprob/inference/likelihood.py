@@ -296,6 +296,25 @@ def fisher_and_score(parameters: dict, problem: Problem, progress=lambda items, 
     return fisher[np.ix_(keep, keep)], score[keep]
 
 
+def information_along(parameters: dict, problem: Problem, directions: np.ndarray) -> np.ndarray:
+    """Information J^T W c (P, K) between the free parameters and changes c of the expected counts (K, F, ny, nx), float64.
+
+    J are the derivatives by the parameters and W the precision of the counts; of the residuals it is the score.
+    """
+    out = {name: np.zeros((max(1, problem.start[name].size), len(directions))) for name in (*PER_COLUMN, *per_image(problem), *GLOBAL)}
+    for i in range(len(problem.series.defocus)):
+        columns, own, shared, rate = (np.asarray(a, float) for a in _image_terms(parameters, problem, i))
+        weight = np.asarray(problem.mask[i]).ravel() / ((np.maximum(rate, DARKEST) + float(problem.read_variance)) * float(problem.dispersion))
+        changes = (directions[:, i].reshape(len(directions), -1) * weight).T
+        for name, rows in zip(PER_COLUMN, np.split(columns, 3), strict=True):
+            out[name] += rows @ changes
+        for name, row in zip(per_image(problem), own, strict=True):
+            out[name][i] += row @ changes
+        for name, row in zip(GLOBAL, shared, strict=True):
+            out[name] += row @ changes
+    return np.concatenate([out[name] for name in problem.free])
+
+
 def prior_curvature(problem: Problem) -> np.ndarray:
     """Curvature of each free parameter's own log-prior (P,); of a Gamma prior `BACKGROUND_SHAPE`, its value at the mode."""
     sd = problem.prior_sd

@@ -69,6 +69,8 @@ class Sums(NamedTuple):
     border : (3 C, k F + 3)
         Fisher information between columns (depth, x, y) and nuisances (the k names `per_image`, image by image for each, then `GLOBAL`).
     corner : (k F + 3, k F + 3)
+    along : dict of (size, K) arrays
+        Information between every parameter and the K directions that `evaluate` was given.
     """
 
     log_likelihood: float
@@ -76,6 +78,7 @@ class Sums(NamedTuple):
     score: dict
     border: np.ndarray
     corner: np.ndarray
+    along: dict
 
 
 def window_radius(library: ColumnLibrary, z: float) -> float:
@@ -332,6 +335,7 @@ def evaluate(
     images: np.ndarray | None = None,
     derivatives: bool = True,
     progress: Callable = lambda items, **_: items,
+    directions: np.ndarray | None = None,
 ) -> Sums:
     """Log-likelihood, expected counts, score and the nuisances' Fisher information, one image at a time.
 
@@ -341,6 +345,8 @@ def evaluate(
         Only these; the rest of `rate` stays zero.
     derivatives : bool
         Without, only log-likelihood and rate.
+    directions : (K, F, ny, nx), optional
+        Changes of the expected counts, for `Sums.along`.
     """
     parameters = _plain(parameters)
     series, periodic = problem.series, problem.series.periodic
@@ -355,6 +361,8 @@ def evaluate(
     variance, dispersion = float(problem.read_variance), float(problem.dispersion)
     score = {name: np.zeros(n_columns) for name in PER_COLUMN} | {name: np.zeros(n_foci) for name in names} | dict.fromkeys(GLOBAL, 0.0)
     k = len(names) * n_foci + len(GLOBAL)
+    directions = np.empty((0, n_foci, ny, nx)) if directions is None else directions
+    along = {name: np.zeros((np.size(score[name]), len(directions))) for name in score}
     border, corner = np.zeros((3 * n_columns, k)), np.zeros((k, k))
     rate = np.zeros((n_foci, ny, nx), np.float32)
     total = 0.0
@@ -386,18 +394,29 @@ def evaluate(
         at = [j * n_foci + i for j in range(len(names))] + [len(names) * n_foci + j for j in range(len(GLOBAL))]
         flat = own.reshape(len(own), -1)
         corner[np.ix_(at, at)] += (flat * weight.ravel()) @ flat.T
-        own_score = flat @ residual.ravel()
-        for j, name in enumerate(names):
-            score[name][i] += own_score[j]
-        for j, name in enumerate(GLOBAL):
-            score[name] += own_score[len(names) + j]
-        seen = _unfold(np.concatenate([residual[None], own * weight]).astype(np.float32), pad, periodic)
+        changes = np.stack([residual, *(c[i] * weight for c in directions)])
+        own_changes = flat @ changes.reshape(len(changes), -1).T
+        for j, name in enumerate((*names, *GLOBAL)):
+            which = i if name in names else 0
+            along[name][which] += own_changes[j, 1:]
+            if name in GLOBAL:
+                score[name] += own_changes[j, 0]
+            else:
+                score[name][i] += own_changes[j, 0]
+        seen = _unfold(np.concatenate([changes, own * weight]).astype(np.float32), pad, periodic)
         sums = np.asarray(_overlaps(drawn[:, 1:4], corners, jnp.asarray(seen)), float) * unit
         sums[:, 0] *= -1  # by depth: against defocus - depth
         for j, name in enumerate(PER_COLUMN):
             score[name] += sums[:, j, 0]
-            border[j * n_columns : (j + 1) * n_columns, at] += sums[:, j, 1:]
-    return Sums(total, rate, score, border, corner)
+            along[name] += sums[:, j, 1 : len(changes)]
+            border[j * n_columns : (j + 1) * n_columns, at] += sums[:, j, len(changes) :]
+    return Sums(total, rate, score, border, corner, along)
+
+
+def information_along(parameters: dict, problem: Problem, directions: np.ndarray) -> np.ndarray:
+    """Information (P, K) between the free parameters and changes of the expected counts (K, F, ny, nx), as `likelihood.information_along`."""
+    along = evaluate(parameters, problem, directions=directions).along
+    return np.concatenate([along[name] for name in problem.free])
 
 
 @partial(jax.jit, donate_argnums=0)
