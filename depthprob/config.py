@@ -31,6 +31,7 @@ NUISANCES = (
     "source_size",
 )
 DESIGN_VARIABLES = ("defocus", "dose", "convergence_angle", "detector")
+PRIORS = ("depth_A", "position_A", "gain", "background", "image_shift_A", "focus_offset_A", "focus_step", "source_variance_A2")
 ABERRATIONS = tuple(
     f"C{n}{m}"
     for n, ms in {1: "2", 2: "13", 3: "024", 4: "135", 5: "0246"}.items()
@@ -203,6 +204,15 @@ def _key(default: Any, check: Check) -> Any:
 
 
 # The sections --------------------------------------------------------------------------------------
+
+
+def _prior_sd(name: str, value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise _fail(name, value, f"a table [{name}] of standard deviations")
+    for key in value:
+        if key not in PRIORS:
+            raise InputError(f"unknown key {key!r} in [{name}]. {_nearest(key, PRIORS)}")
+    return {key: _number(above=0.0)(f"{name}.{key}", entry) for key, entry in value.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,13 +441,15 @@ class InferenceConfig:
     """[inference]: the estimator and what it leaves free beside the depths.
 
     Noise "over_dispersed" has a variance in proportion to the mean, by a factor inferred from the residuals. A "smooth" background varies slowly over
-    each image, as that of a support film.
+    each image, as that of a support film. `prior_sd` replaces standard deviations of the normal priors: of depths about zero, of positions, shifts and the logarithms of backgrounds about where
+    the fit starts, of the logarithms of gains about zero, of the focus step about one.
     """
 
     method: str = _key("laplace", _choice(METHODS))
     free: tuple[str, ...] = _key(NUISANCES[:4], _choices(NUISANCES))
     noise: str = _key("poisson", _choice(("poisson", "over_dispersed")))
     background: str = _key("constant", _choice(("constant", "smooth")))
+    prior_sd: dict[str, float] = _key({}, _prior_sd)
     max_atoms: int | None = _key(None, _number(at_least=1, whole=True))
     samples: int = _key(500, _number(at_least=1, whole=True))
     chains: int = _key(2, _number(at_least=1, whole=True))

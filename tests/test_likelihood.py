@@ -234,3 +234,18 @@ def test_relative_depths_have_the_same_sd_by_both_solvers(library):
     dense, sparse = maximum(problem), local.maximum(problem)
     np.testing.assert_allclose(depth_sd(dense, problem, True), local.depth_sd(sparse, problem, True), rtol=0.01)
     np.testing.assert_allclose(column_bounds(dense, problem, True), local.column_bounds(sparse, problem, True), rtol=0.01)
+
+
+def test_a_prior_set_by_the_user_adds_its_information_and_pulls_to_its_centre(library, problem):
+    at = np.array([-5.0, 2.5, 9.0])
+    centre = dict(problem.centre, depth=jnp.asarray(at))
+    told = make_problem(problem.counts, field(), library, SERIES, prior_sd={"depth": 0.5}, centre=centre)
+    wide, narrow = maximum(problem), maximum(told)
+    # of normal information the precisions add, and the mean is weighted by them: neighbours' depths included
+    inside = [i for i, (name, _) in enumerate(wide.names) if name == "depth"]
+    covariance = (wide.factor @ wide.factor.T)[np.ix_(inside, inside)]
+    precision = np.linalg.inv(covariance) - np.eye(3) / 100.0**2
+    expected = np.linalg.inv(precision + np.eye(3) / 0.5**2)
+    np.testing.assert_allclose(narrow.sd("depth"), np.sqrt(np.diag(expected)), rtol=0.02)
+    mean = expected @ (precision @ np.asarray(wide.parameters["depth"]) + at / 0.5**2)
+    np.testing.assert_allclose(narrow.parameters["depth"], mean, atol=0.1 * narrow.sd("depth").min())

@@ -53,8 +53,7 @@ def draw_truth(key: jax.Array, problem: Problem) -> dict:
         if name not in problem.prior_sd:
             raise ValueError(f"The prior of {name} is improper and cannot be drawn from. Give make_problem a prior_sd for it.")
         key, own = jax.random.split(key)
-        centre = 0.0 if name == "depth" else problem.start[name]
-        truth[name] = centre + problem.prior_sd[name] * jax.random.normal(own, problem.start[name].shape)
+        truth[name] = problem.centre[name] + problem.prior_sd[name] * jax.random.normal(own, problem.start[name].shape)
         if name.startswith("shift"):
             truth[name] -= jnp.mean(truth[name])
     return truth

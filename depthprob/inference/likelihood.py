@@ -60,6 +60,7 @@ class Problem(eqx.Module):
     free: tuple[str, ...] = eqx.field(static=True)
     dispersion: jax.Array | float = 1.0
     prior_sd: dict = eqx.field(default_factory=lambda: dict(PRIOR_SD))
+    centre: dict = eqx.field(default_factory=dict)
 
 
 class Mode(NamedTuple):
@@ -129,13 +130,14 @@ def make_problem(
     read_variance: float = 0.0,
     dense: bool = True,
     prior_sd: dict | None = None,
+    centre: dict | None = None,
 ) -> Problem:
     """Gather a stack (F, ny, nx) [e/pixel], a starting field, what is free and the variance of read noise [e^2]; masked pixels (False) are not used.
 
     `free` holds the config's words and, for a background that varies slowly over each image, "smooth_background".
 
     Without `dense` only the functions of `local` take the result. `prior_sd` replaces entries of `PRIOR_SD`; one for "log_background"
-    replaces its Gamma prior by a normal one.
+    replaces its Gamma prior by a normal one. Priors stand about `centre`, a dictionary of parameters; absent, about the field, and depths about zero.
     """
     shifts = np.asarray(field.image_shifts, float)
     start = {
@@ -157,7 +159,7 @@ def make_problem(
     used = np.ones(np.shape(counts), bool) if mask is None else mask
     return Problem(
         jnp.asarray(counts, jnp.float32), library, series, renderer(library, series) if dense else None, jnp.asarray(field.n_atoms), jnp.asarray(used), start,
-        jnp.asarray(float(read_variance)), free_parameters(free), prior_sd=PRIOR_SD | (prior_sd or {}),
+        jnp.asarray(float(read_variance)), free_parameters(free), prior_sd=PRIOR_SD | (prior_sd or {}), centre=centre or start | {"depth": 0 * start["depth"]},
     )
 
 
@@ -204,9 +206,9 @@ MEAN_SHIFT_SD = 1e-3  # Å; fixes the gauge
 
 
 def log_prior(parameters: dict, problem: Problem) -> jax.Array:
-    """Weak normal priors about the start (`Problem.prior_sd`), a Gamma prior for the background, and the gauge.
+    """Normal priors (`Problem.prior_sd` about `Problem.centre`), weak unless asked to be else, a Gamma prior for the background, and the gauge.
 
-    Depths have their normal prior about zero. Background has the improper Gamma density b^(BACKGROUND_SHAPE - 1), worth that many
+    Background has the improper Gamma density b^(BACKGROUND_SHAPE - 1), worth that many
     electrons in a whole image: nothing beside the signal, but it keeps the logarithm's posterior close to normal when b is zero.
     """
     total = 0.0
@@ -215,8 +217,7 @@ def log_prior(parameters: dict, problem: Problem) -> jax.Array:
         if name not in problem.prior_sd:  # log_background
             total = total + BACKGROUND_SHAPE * jnp.sum(value)
         else:
-            centre = 0.0 if name == "depth" else problem.start[name]
-            total = total - jnp.sum((value - centre) ** 2) / (2 * problem.prior_sd[name] ** 2)
+            total = total - jnp.sum((value - problem.centre[name]) ** 2) / (2 * problem.prior_sd[name] ** 2)
     for name in ("shift_x", "shift_y"):
         if name in problem.free:
             total = total - jnp.mean(parameters[name]) ** 2 / (2 * MEAN_SHIFT_SD**2)

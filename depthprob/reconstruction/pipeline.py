@@ -35,6 +35,10 @@ from .surface import ColumnEnds, Surface, column_ends, count_variance, find_surf
 GAUGE = "absolute: z = 0 is the plane in focus at defocus 0 (the focus offset is held at zero)"
 GAUGE_FREE = "relative: with a free focus offset only depths relative to the field's mean are measured, and the mean of all depths is zero"
 
+PRIOR_OF = {  # parameters behind the config's words
+    "depth_A": ("depth",), "position_A": ("x", "y"), "gain": ("log_gain",), "background": ("log_background",), "image_shift_A": ("shift_x", "shift_y"),
+    "focus_offset_A": ("focus_offset",), "focus_step": ("focus_step",), "source_variance_A2": ("source_variance",),
+}  # fmt: skip
 HELD = "beam energy, convergence angle, aberrations, detector angles, Debye-Waller factor, source size, foci"
 
 
@@ -230,9 +234,11 @@ def reconstruct(
     fit = local if len(found) > LARGE else likelihood
     mode = amplitudes = None
     dispersed = config.inference.noise == "over_dispersed"
-    pose = lambda field: make_problem(stack.data, field, library, series, free, mask, read_variance_of(config), fit is likelihood)
+    prior_sd = {name: sd for word, sd in config.inference.prior_sd.items() for name in PRIOR_OF[word]}
+    pose = lambda field, centre=None: make_problem(stack.data, field, library, series, free, mask, read_variance_of(config), fit is likelihood, prior_sd, centre)
+    centre = pose(field).centre
     for _ in range(5):
-        problem = pose(field)
+        problem = pose(field, centre)
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
         amplitudes = fit.column_amplitudes(mode.parameters, problem, amplitudes)
         noisier = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)).dispersion ** 0.5 if dispersed else 1.0
@@ -246,7 +252,7 @@ def reconstruct(
             break
     else:
         warnings.append("Atom counts had not settled after five rounds of counting and fitting.")
-    problem = pose(field_of(mode.parameters, problem.n_atoms))
+    problem = pose(field_of(mode.parameters, problem.n_atoms), centre)
     if dispersed:
         problem, mode = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)), None
     mode = fit.find_mode(problem, progress, before=mode)
