@@ -32,7 +32,7 @@ import depthprob as dp
 from depthprob.physics.gram import default_cell, default_reach, laguerre_gauss_modes, prepare_sweep, required_sampling, sweep_column
 from depthprob.physics.library import CHEAP_ANGLE, CHEAP_CELL, column_images, thermal_draws
 from depthprob.physics.particle import images_from_gram, particle_gram
-from depthprob.physics.radial import ring_grams
+from depthprob.physics.rings import ring_grams
 from depthprob.physics.thermal import absorptive_gram
 
 SMALL = os.environ.get("DEPTHPROB_NOTEBOOKS") == "small"
@@ -203,11 +203,9 @@ print("integral over the image (Å²): " + "; ".join(f"{name} {t[0]:.3f}, {t[1]:
 edges = (48.0, 80.0, 120.0, 180.0)
 n = 2 if SMALL else 4
 model = dp.Column("Au", n, SPACING, B)
-ring_modes = laguerre_gauss_modes(default_reach(model, 21.0), aperture)
-with jax.enable_x64(True):
-    rings = ring_grams(model, 300e3, ring_modes, aperture, edges)[:, -1]
-    whole = ring_grams(model, 300e3, ring_modes, aperture, (48.0, 180.0))[0, -1]
-profiles = column_images(np.concatenate([rings, whole[None]]), ring_modes, microscope, np.arange(-100.0, 101.0, 10.0), 10.0, 44)
+rings, ring_modes = ring_grams(model, 300e3, aperture, edges)
+whole, _ = ring_grams(model, 300e3, aperture, (48.0, 180.0))
+profiles = column_images(np.concatenate([rings, whole])[:, -1], ring_modes, microscope, np.arange(-100.0, 101.0, 10.0), 10.0, 44)
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
 names = [f"{a:g}-{b:g} mrad" for a, b in pairwise(edges)] + ["48-180 mrad"]
 for name, p, colour in zip(names, profiles, ("#0072B2", "#D55E00", "#009E73", "black"), strict=True):

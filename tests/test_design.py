@@ -10,6 +10,7 @@ from depthprob.inference.design import (
     Columns,
     Plan,
     Space,
+    atom_bounds_by_angle,
     depth_variances,
     further_gain,
     merge_images,
@@ -18,11 +19,13 @@ from depthprob.inference.design import (
     ring_images,
     ring_sensitivity,
 )
+from depthprob.inference.fisher import atom_information
 from depthprob.physics.detector import AnnularDetector
+from depthprob.physics.focal_series import FocalSeries
 from depthprob.physics.library import at_points, column_images
 from depthprob.physics.optics import Microscope
 from depthprob.physics.specimen import Column
-from depthprob.physics.thermal import absorptive_gram
+from depthprob.physics.thermal import thermal_gram
 
 MICROSCOPE = Microscope(energy=3e5, convergence_angle=20.0, source_fwhm=0.7)
 FOCI = np.arange(-120, 121, 20.0)
@@ -48,7 +51,7 @@ def plan(**changes):
 
 
 def test_radial_images_are_those_of_the_library(signals):
-    gram = absorptive_gram(Column("Au", 2, 4.08, 0.63), 3e5, 24.0, AnnularDetector(40.0, 90.0))
+    gram = thermal_gram(Column("Au", 2, 4.08, 0.63), 3e5, 24.0, AnnularDetector(40.0, 90.0))
     z = np.array([-60.0, 0.0, 35.0])
     cell, size = 24.0, 140
     theirs = column_images(gram.blocks[0, 1:].astype(complex), gram.modes, MICROSCOPE, z, cell, size)[0]
@@ -60,6 +63,21 @@ def test_radial_images_are_those_of_the_library(signals):
     variance = 0.7**2 / (8 * np.log(2))
     ours = np.stack([np.asarray(ring_images(signals, jnp.asarray(20.0), jnp.asarray(f), variance))[0].sum(0) for f in z])
     np.testing.assert_allclose(ours[:, near], along, atol=0.01 * along.max())
+
+
+def test_bounds_of_atoms_by_angle_are_those_of_images():
+    # images of pixels, by the other closed form and with a sharp aperture; here a disc of the square's area, and an aperture soft by 2 %
+    column, detector = Column("Au", 2, 4.08, 0.63), AnnularDetector(48.0, 90.0)
+    lenses = (MICROSCOPE, Microscope(energy=3e5, convergence_angle=20.0, source_fwhm=0.7, focal_spread=20.0, spherical_aberration=1e5))
+    for lens, (found,) in zip(lenses, atom_bounds_by_angle(column, lenses, [20.0], [[48.0, 90.0]], FOCI, 9612.0, 12.0), strict=True):
+        expected = atom_information(column, lens, detector, FocalSeries(FOCI, 0.2, 9612.0, (61, 61)))
+        np.testing.assert_allclose(found.column_sd, expected.column_sd, rtol=0.02)
+        np.testing.assert_allclose(found.atom_sd, expected.atom_sd, rtol=0.03)
+
+
+def test_the_direct_beam_on_the_detector_is_refused():
+    with pytest.raises(InputError, match="direct beam"):
+        atom_bounds_by_angle(Column("Au", 2, 4.08, 0.63), (MICROSCOPE,), [20.0, 50.0], [[48.0, 90.0]] * 2, FOCI, 9612.0, 12.0)
 
 
 def test_gradient_is_the_finite_difference(signals):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from single_event import prepare_radial, radial_gram
 
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
@@ -15,7 +16,6 @@ from depthprob.physics.gram import default_reach, laguerre_gauss_modes, prepare_
 from depthprob.physics.library import column_images, load_gram
 from depthprob.physics.optics import Microscope
 from depthprob.physics.particle import images_from_gram, particle_gram
-from depthprob.physics.radial import prepare_radial, radial_gram
 from depthprob.physics.specimen import Column
 from depthprob.physics.thermal import absorptive_gram, depth_derivatives, gram_of_depths, incident_disc, prepare_channel, principal_modes, thermal_gram
 

@@ -1,13 +1,14 @@
 """Experiments designed by gradient: which foci, dose split, convergence angle and detector give the best column depths.
 
 The Poisson information of a series on the depth of an isolated column is a sum over its images, each a function of defocus minus depth
-alone. For the cylinder-symmetric column of `physics.radial` that function is an integral over one radius, smooth in the convergence
+alone. Thermal motion averaged in closed form (`physics.rings`), that function is an integral over one radius, smooth in the convergence
 angle too, so that the bound is differentiable in everything an experimenter sets. With angles fixed the best dose split over any set of
 foci is a convex problem, and `further_gain` bounds what any other plan could still reach (Kiefer and Wolfowitz, 1960).
 
 Float64 and complex128 throughout: run under `jax.enable_x64(True)`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -22,10 +23,11 @@ from scipy.special import j0, roots_legendre
 
 from ..errors import InputError
 from ..physics.electron import wavelength
-from ..physics.gram import bessel, default_reach, laguerre_gauss_modes
+from ..physics.gram import DiscModes, bessel, radial_modes
 from ..physics.optics import Microscope, aberration_phase
-from ..physics.radial import radial_modes, ring_grams
+from ..physics.rings import ring_grams
 from ..physics.specimen import Column
+from .fisher import AtomInformation, information_of, poisson_fisher
 
 DARKEST = 1e-9  # fraction of the beam per image below which a point holds no electrons
 ODD = ("positions", "image_shifts")  # their derivatives are odd about the column, those by depth even: they cost nothing
@@ -114,32 +116,35 @@ def radial_signals(
     lam = float(wavelength(microscope.energy))
     longest = Column(element, max(n_atoms), spacing, debye_waller_b)
     aperture = largest_angle * 1.02e-3 / lam
-    modes = laguerre_gauss_modes(default_reach(longest, largest_angle), aperture)
-    grams = ring_grams(longest, float(microscope.energy), modes, aperture, edges, parametrization, progress)
-    chosen = grams[:, np.array(n_atoms) - 1].swapaxes(0, 1)
+    grams, modes = ring_grams(longest, float(microscope.energy), aperture, edges, parametrization, progress=progress)
+    centre = (np.array(n_atoms) - max(n_atoms)) / 2 * spacing
+    return _signals(grams[:, np.array(n_atoms) - 1], modes, centre, microscope, largest_angle, edges, farthest + spacing * max(n_atoms) / 2, field_of_view, tolerance)
 
-    depth_of_k = np.pi * lam * aperture**2 * (farthest + spacing * max(n_atoms) / 2)
+
+def _signals(grams, modes: DiscModes, centre, microscope: Microscope, largest_angle, edges, farthest, field_of_view, tolerance) -> RadialSignals:
+    """From Gram blocks (ring, column, l, p, p) in modes that reach 2 % beyond the largest angle."""
+    chosen = grams.swapaxes(0, 1)
+    aperture = modes.aperture
+    depth_of_k = np.pi * float(wavelength(microscope.energy)) * aperture**2 * farthest
     widest = 1e-3 * largest_angle * farthest + 7.0
     k, w_k = _nodes(aperture, int(depth_of_k + 2 * aperture * widest * 2) + 30)
     r, w_r = _nodes(widest, int(4 * aperture * widest * 1.2) + 20)
     q, w_q = _nodes(2 * aperture, int(4 * aperture * widest * 1.2) + 20)
     j_l = bessel(modes.order, 2 * np.pi * np.outer(r, k))
     channels, spectra, bessels = [], [], []
-    strongest = max(abs(chosen[:, :, l]).max() for l in range(chosen.shape[2]))
+    strongest = abs(chosen).max()
     for l in range(modes.order + 1):
         radial = radial_modes(modes, l, k)
         blocks = chosen[:, :, l, : len(radial), : len(radial)]
-        values, vectors = np.linalg.eigh(blocks.sum((0, 1)))
-        kept = vectors[:, values > tolerance * strongest]
+        values, vectors = np.linalg.eigh((blocks.conj().swapaxes(2, 3) @ blocks).sum((0, 1)))
+        kept = vectors[:, values > (tolerance * strongest) ** 2]
         if not kept.shape[1]:
             continue
-        taper = modes.taper[modes.l == l]
         both = 2.0 if l else 1.0  # l and -l
         channels.append(jnp.asarray(both * np.einsum("pa,crpq,qb->crab", kept.conj(), blocks, kept)))
-        spectra.append(jnp.asarray(kept.conj().T @ (radial.conj() * taper[:, None]) * 2 * np.pi * k * w_k))
+        spectra.append(jnp.asarray(kept.conj().T @ (radial.conj() * 2 * np.pi * k * w_k)))
         bessels.append(jnp.asarray(j_l[l]))
     kernel = j0(2 * np.pi * np.outer(q, r))
-    centre = (np.array(n_atoms) - max(n_atoms)) / 2 * spacing
     array = lambda a: jnp.asarray(a, float)
     return RadialSignals(
         channels, spectra, bessels, array(k), array(2 * np.pi * k * w_k), array(r), array(2 * np.pi * r * w_r),
@@ -213,6 +218,74 @@ def image_information(
         return wanted.sum(1)
 
     return jax.lax.map(at, z).swapaxes(0, 1)
+
+
+def atom_bounds_by_angle(
+    column: Column,
+    lenses: tuple[Microscope, ...],
+    angles: Float[np.ndarray, " angle"],
+    annuli: Float[np.ndarray, "angle 2"],
+    defocus: Float[np.ndarray, " focus"],
+    dose: float,
+    field_of_view: float,
+    parametrization: str = "lobato",
+    progress: Callable = lambda items, **_: items,
+) -> list[list[AtomInformation]]:
+    """Information on the depth of a column and of its atoms under each lens (outer list) at each convergence semi-angle, all else known.
+
+    One pass serves all of them: `ring_grams` with exact derivatives, then integrals over one radius. The aperture's edge is soft, as in `ring_images`.
+
+    Parameters
+    ----------
+    lenses : tuple of Microscope
+        Of one energy, with round aberrations; their own convergence angles do not count.
+    angles, annuli
+        [mrad]; inner and outer angle of the detector that goes with each.
+    dose : float
+        Of each image [e/Å^2].
+    field_of_view : float
+        Side of the square [Å] whose area the circular field has.
+
+    Raises
+    ------
+    InputError
+        Where the direct beam would fall on the detector.
+    """
+    angles, annuli, defocus = (np.asarray(a, float) for a in (angles, annuli, defocus))
+    for angle, (inner, outer) in zip(angles, annuli, strict=True):
+        if inner < 1.05 * angle:
+            raise InputError(f"the detector begins at {inner:g} mrad and the aperture ends at {angle:g}: the direct beam falls on it. Allowed is an inner angle from {1.05 * angle:.4g} on.")
+    energy = float(lenses[0].energy)
+    aperture = float(angles.max()) * 1.02e-3 / float(wavelength(energy))
+    edges = tuple(np.unique(annuli).tolist())
+    grams, modes = ring_grams(column, energy, aperture, edges, parametrization, True, progress)
+    widest_spread = max(float(lens.focal_spread) for lens in lenses)
+    farthest = float(abs(defocus).max()) + 4 * widest_spread + column.spacing * column.n_atoms / 2
+    plane = np.arange(-1, 2, 2) * (abs(defocus).max() + 4 * widest_spread)
+    step = 0.8 / (aperture**2 * float(wavelength(energy)))  # Å; an image varies with defocus at no more than wavelength aperture^2 / 2 per Å
+    planes = np.linspace(*plane, int(np.ceil(np.ptp(plane) / step)) + 1)
+    found = []
+    with jax.enable_x64(True):
+        base = _signals(grams, modes, np.zeros(grams.shape[1]), lenses[0], angles.max(), edges, farthest, field_of_view, 1e-8)
+        sensitivity = [np.asarray(ring_sensitivity(jnp.asarray(annulus), base.edges))[0] for annulus in annuli]
+        for lens in lenses:
+            spread = float(lens.focal_spread)
+            sharp = eqx.tree_at(lambda m: m.focal_spread, lens, 0.0)
+            signals = dataclasses.replace(base, microscope=sharp, focal_spread=0.0)
+            z = planes if spread else defocus
+            weights = np.exp(-(((defocus[:, None] - z) / spread) ** 2) / 2) if spread else np.eye(len(z))
+            weights /= weights.sum(1, keepdims=True)
+            variance = float(lens.source_fwhm) ** 2 / (8 * np.log(2))
+            images = eqx.filter_jit(lambda signals, angle, z, recorded, variance=variance: jax.lax.map(lambda z: jnp.einsum("i,cir->cr", recorded, ring_images(signals, angle, z, variance)), z))
+            area = np.asarray(base.area * base.inside) * dose
+            rows = []
+            for angle, recorded in zip(progress(angles, desc="angles", unit="angle"), sensitivity, strict=True):
+                values = np.asarray(images(signals, jnp.asarray(angle), jnp.asarray(z), jnp.asarray(recorded)))
+                counts = np.einsum("fz,zcr->cfr", weights, values) * area
+                counts[0] = np.maximum(counts[0], DARKEST * area)
+                rows.append(information_of(poisson_fisher(counts[0], counts[1:])))
+            found.append(rows)
+    return found
 
 
 class Columns(NamedTuple):

@@ -144,6 +144,12 @@ def mode_spectra(modes: Modes | DiscModes, kx: np.ndarray, ky: np.ndarray) -> np
     return spectra
 
 
+def radial_modes(modes: Modes | DiscModes, l: int, k: np.ndarray) -> Complex[np.ndarray, "p k"]:
+    """Radial part of the transforms of the modes of angular momentum l >= 0 at frequencies k [1/Å] (`mode_spectra` along x)."""
+    at = np.flatnonzero(modes.l == l)
+    return mode_spectra(modes._replace(p=modes.p[at], l=modes.l[at]), k, np.zeros_like(k))
+
+
 def _interpolation(modes: DiscModes, k: np.ndarray) -> Float[np.ndarray, "node k"]:
     """Polynomials that are one at one Legendre node of the aperture and zero at the others, from sums of Legendre polynomials."""
     x, w = np.polynomial.legendre.leggauss(modes.radial.shape[2])

@@ -21,11 +21,10 @@ import numpy as np
 from jaxtyping import Complex, Float
 
 from .detector import AnnularDetector
-from .electron import wavelength
-from .gram import ColumnGram, DiscModes, Modes, bessel, complete_disc_modes, default_reach, disc_modes, require_full_symmetry
-from .radial import radial_modes, thermal_scattering
-from .scattering import panels
-from .specimen import Column
+from .electron import interaction_parameter, wavelength
+from .gram import ColumnGram, DiscModes, Modes, bessel, complete_disc_modes, default_reach, disc_modes, radial_modes, require_full_symmetry
+from .scattering import panels, projected_potential
+from .specimen import Column, rms_from_debye_waller_b
 
 FAINTEST = 1e-8  # of the strongest incident wave's signal, below which waves are left out of a library
 CORE = 0.9  # Å; the diffuse scattering of gold from further out is under 1e-3 of it
@@ -109,40 +108,97 @@ def prepare_channel(
     k, w_k = panels(angles, np.ceil(np.diff(angles) * 2 * (disc + 1.0) * oversampling) + 10)
     weight = np.sqrt(2 * np.pi * k * w_k)
 
-    def to_radii(edges, extra, orders):
-        r, w = panels(edges, np.ceil(np.diff(edges) * 4 * k_max * oversampling) + extra)
-        return r, bessel(orders, 2 * np.pi * np.outer(r, k)) * np.outer(np.sqrt(2 * np.pi * r * w), weight)
-
-    orders = max(incident_disc(column, energy, aperture).order, math.ceil(2 * np.pi * k_max * core * 0.9))
-    r, hankel = to_radii(np.array([0, 0.03, 0.12, 0.4, core, POTENTIAL]), np.array([12, 16, 16, 12, 12]), orders)
-    far, outwards = to_radii(np.array([edge, disc, disc * 1.3]), 12, orders)
-    harmonics, share = thermal_scattering(column, energy, r, parametrization, thermal_nodes)
-    mean = np.tensordot(share, harmonics[:, 0], 1)
-
-    inside = r < core
-    near = harmonics[:, :, inside]
-    angle = np.pi * (np.arange(2 * orders + 20) + 0.5) / (2 * orders + 20)
-    m = np.arange(near.shape[1])
-    correlated = np.einsum("s,smr,smq->mrq", share, near.conj(), near, optimize=True)
-    correlated[0] -= np.outer(mean[inside].conj(), mean[inside])
-    both_signs = lambda m: np.where(m > 0, 2.0, 1.0) * np.cos(np.outer(angle, m))
+    orders = max(incident_disc(column, energy, aperture).order, highest_order(k_max, core))
+    atom = vibrating_atom(column, energy, k, weight, orders, parametrization, oversampling, thermal_nodes, core)
+    far, outwards = _to_radii(k, weight, np.array([edge, disc, disc * 1.3]), 12, orders, oversampling)
     channel = AtomChannel(
         k=k,
         weight=weight,
         detected=detector.sensitivity(k * 1e3 * lam, np.zeros_like(k)),
         transmitted=np.zeros(0),
         gained=np.zeros(0),
-        core=hankel[:, inside],
-        coherence=np.tensordot(both_signs(m), correlated, 1),
-        cosine=both_signs(np.arange(orders + 1)),
+        core=atom.hankel[:, : atom.coherence.shape[1]],
+        coherence=atom.coherence,
+        cosine=atom.cosine,
         rate=-np.pi * lam * k**2,
     )
     absorbed = np.where(far < disc, np.sin(np.pi / 2 * np.clip((far - edge) / (disc - edge), 0, 1)) ** 2, 1.0)
     kept = np.eye(len(k)) - (outwards.swapaxes(1, 2) * absorbed) @ outwards
-    atom = np.eye(len(k)) + (hankel.swapaxes(1, 2) * mean) @ hankel
-    bare = np.broadcast_to(np.diag(channel.detected), atom.shape)
-    gained = _conjugate(bare, atom) - bare + _diffuse(bare, channel)
-    return channel._replace(transmitted=atom @ kept, gained=_conjugate(gained, kept))
+    through = np.eye(len(k)) + (atom.hankel.swapaxes(1, 2) * atom.mean) @ atom.hankel
+    bare = np.broadcast_to(np.diag(channel.detected), through.shape)
+    gained = _conjugate(bare, through) - bare + _diffuse(bare, channel)
+    return channel._replace(transmitted=through @ kept, gained=_conjugate(gained, kept))
+
+
+class VibratingAtom(NamedTuple):
+    """Mean transmission and mutual coherence of an atom, and the transforms to it from waves that carry the root of their quadrature weight.
+
+    Attributes
+    ----------
+    hankel : (l, r, k)
+        Transforms to radii within the potential, those within `CORE` first.
+    mean : (r,) complex
+        Mean of exp(i sigma V) - 1.
+    coherence, cosine
+        As in `AtomChannel`.
+    """
+
+    hankel: np.ndarray
+    mean: np.ndarray
+    coherence: np.ndarray
+    cosine: np.ndarray
+
+
+def highest_order(k_max: float, core: float = CORE) -> int:
+    """Angular momentum beyond which waves up to k_max [1/Å] do not reach the outer tenth of the core."""
+    return math.ceil(2 * np.pi * k_max * core * 0.9)
+
+
+def vibrating_atom(
+    column: Column,
+    energy: float,
+    k: np.ndarray,
+    weight: np.ndarray,
+    orders: int,
+    parametrization: str = "lobato",
+    oversampling: float = 1.15,
+    thermal_nodes: int = 12,
+    core: float = CORE,
+) -> VibratingAtom:
+    """An atom of the column for waves at nodes k [1/Å] of angular momenta 0 to `orders`; the rest as in `prepare_channel`."""
+    r, hankel = _to_radii(k, weight, np.array([0, 0.03, 0.12, 0.4, core, POTENTIAL]), np.array([12, 16, 16, 12, 12]), orders, oversampling)
+    harmonics, share = thermal_scattering(column, energy, r, parametrization, thermal_nodes)
+    mean = np.tensordot(share, harmonics[:, 0], 1)
+    inside = r < core
+    near = harmonics[:, :, inside]
+    correlated = np.einsum("s,smr,smq->mrq", share, near.conj(), near, optimize=True)
+    correlated[0] -= np.outer(mean[inside].conj(), mean[inside])
+    angle = np.pi * (np.arange(2 * orders + 20) + 0.5) / (2 * orders + 20)
+    both_signs = lambda m: np.where(m > 0, 2.0, 1.0) * np.cos(np.outer(angle, m))
+    return VibratingAtom(hankel, mean, np.tensordot(both_signs(np.arange(near.shape[1])), correlated, 1), both_signs(np.arange(orders + 1)))
+
+
+def _to_radii(k, weight, edges, extra, orders, oversampling) -> tuple[np.ndarray, np.ndarray]:
+    """Radii [Å] in panels between edges, and Hankel transforms to them (l, r, k)."""
+    r, w = panels(edges, np.ceil(np.diff(edges) * 4 * k.max() * oversampling) + extra)
+    return r, bessel(orders, 2 * np.pi * np.outer(r, k)) * np.outer(np.sqrt(2 * np.pi * r * w), weight)
+
+
+def thermal_scattering(column: Column, energy: float, r: np.ndarray, parametrization: str, nodes: int, angles: int = 512):
+    """Angular harmonics (s, m, r) of exp(i sigma V) - 1 of an atom displaced by radius s, and the probability of each s (s,)."""
+    u = float(rms_from_debye_waller_b(column.debye_waller_b))
+    x, share = np.polynomial.laguerre.laggauss(nodes)
+    displacement = u * np.sqrt(2 * x)
+    alpha = 2 * np.pi * (np.arange(angles) + 0.5) / angles  # halfway, so that no point falls on the nucleus
+    sigma = float(interaction_parameter(energy))
+    harmonics = []
+    for s in displacement:
+        distance = np.sqrt(np.maximum(r[:, None] ** 2 + s**2 - 2 * r[:, None] * s * np.cos(alpha), 1e-12))
+        values = np.exp(1j * sigma * projected_potential(column.element, distance, parametrization)) - 1
+        m = np.arange(angles // 2)
+        spectrum = np.fft.fft(values, axis=1)[:, : angles // 2] / angles * np.exp(-1j * np.pi * m / angles)
+        harmonics.append(spectrum.T)
+    return np.array(harmonics), share
 
 
 def incident_disc(column: Column, energy: float, aperture: float, reach: float = REACH) -> DiscModes:

@@ -29,7 +29,7 @@ Z_STEP = 8.0  # Å; half of it changes the bound by less than 0.1 %
 RING = 15.0  # mrad; a detector edge within a ring takes its share
 FEWEST = 1e-3  # of the dose; images below it are dropped
 MODEL = (
-    "isolated columns of the deterministic thermal model, each by itself: neighbours' tails are not in the bound. Positions and image shifts cost an "
+    "isolated columns, thermal motion averaged in closed form, each by itself: neighbours' tails are not in the bound. Positions and image shifts cost an "
     "isolated column nothing. Pixels are taken to be fine (below wavelength / 4 convergence angle); pixel size then plays no part at a given dose per area"
 )
 

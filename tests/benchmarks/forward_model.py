@@ -218,11 +218,8 @@ def derivative(threads):
     from depthprob import ColumnLibrary, Field, FocalSeries
     from depthprob.physics.electron import wavelength
     from depthprob.physics.focal_series import column_signal, renderer
-    from depthprob.physics.gram import laguerre_gauss_modes
     from depthprob.physics.multislice import multislice as carry
     from depthprob.physics.multislice import transmission
-    from depthprob.physics.radial import prepare_radial, radial_gram
-    from depthprob.physics.specimen import Column
 
     print(f"a directional derivative (forward) with the value, against the value; {threads} thread(s)")
 
@@ -251,13 +248,6 @@ def derivative(threads):
     nuisances = (jnp.full(41, 1e-4), jnp.ones(41), jnp.zeros((41, 2)))
     moved = lambda z: column_signal(Field(positions, n_atoms, z, *nuisances), library, recorded, draw)
     report("field of 56 columns, 41 images of 96 x 96, by depths", moved, jnp.asarray(rng.normal(size=56), jnp.float32), jnp.ones(56))
-
-    with jax.enable_x64(True):
-        column = Column("Au", 4, 4.08, 0.63)
-        aperture = 21e-3 / lam
-        radial = prepare_radial(column, 300e3, aperture, paper()[1], laguerre_gauss_modes(1.6, aperture))
-        at = (jnp.arange(4) - 1.5) * 4.08
-        report("deterministic column of 4 atoms, by depths, float64", lambda z: radial_gram(z, radial), at, jnp.ones(4))
 
 
 def thicknesses(threads):

@@ -1,4 +1,4 @@
-"""An isolated column in cylindrical waves, with thermal motion in closed form: no Monte-Carlo noise, exact derivatives by every depth.
+"""A second derivation for tests: waves followed down a column, diffuse electrons straight to the detector, derivatives by JAX.
 
 A thermally averaged column has the symmetry of a cylinder, so waves of different angular momentum l scatter separately and each is a
 function of one radius. Thermal motion is that of independent atoms (Einstein): the mean wave meets the mean transmission of each
@@ -9,8 +9,6 @@ Everything is float64 and complex128: bounds on single atoms rest on differences
 `jax.enable_x64(True)`.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -18,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
-from .detector import AnnularDetector
-from .electron import interaction_parameter, wavelength
-from .gram import Modes, bessel, mode_spectra, require_full_symmetry
-from .scattering import panels, projected_potential
-from .specimen import Column, rms_from_debye_waller_b
+from depthprob.physics.detector import AnnularDetector
+from depthprob.physics.electron import wavelength
+from depthprob.physics.gram import Modes, bessel, radial_modes, require_full_symmetry
+from depthprob.physics.scattering import panels
+from depthprob.physics.specimen import Column
+from depthprob.physics.thermal import thermal_scattering
 
 
 class RadialColumn(NamedTuple):
@@ -144,29 +143,6 @@ def _with_detector(grids: _Grids, detector: AnnularDetector, energy: float, mode
     )
 
 
-def radial_modes(modes: Modes, l: int, k: np.ndarray) -> Complex[np.ndarray, "p k"]:
-    """Radial part of the transforms of the modes of angular momentum l >= 0 at frequencies k [1/Å] (`mode_spectra` along x)."""
-    at = np.flatnonzero(modes.l == l)
-    return mode_spectra(modes._replace(p=modes.p[at], l=modes.l[at]), k, np.zeros_like(k))
-
-
-def thermal_scattering(column: Column, energy: float, r: np.ndarray, parametrization: str, nodes: int, angles: int = 512):
-    """Angular harmonics (s, m, r) of exp(i sigma V) - 1 of an atom displaced by radius s, and the probability of each s (s,)."""
-    u = float(rms_from_debye_waller_b(column.debye_waller_b))
-    x, share = np.polynomial.laguerre.laggauss(nodes)
-    displacement = u * np.sqrt(2 * x)
-    alpha = 2 * np.pi * (np.arange(angles) + 0.5) / angles  # halfway, so that no point falls on the nucleus
-    sigma = float(interaction_parameter(energy))
-    harmonics = []
-    for s in displacement:
-        distance = np.sqrt(np.maximum(r[:, None] ** 2 + s**2 - 2 * r[:, None] * s * np.cos(alpha), 1e-12))
-        values = np.exp(1j * sigma * projected_potential(column.element, distance, parametrization)) - 1
-        m = np.arange(angles // 2)
-        spectrum = np.fft.fft(values, axis=1)[:, : angles // 2] / angles * np.exp(-1j * np.pi * m / angles)
-        harmonics.append(spectrum.T)
-    return np.array(harmonics), share
-
-
 def radial_gram(depths: Float[Array, " atom"], column: RadialColumn) -> Complex[Array, "l p p"]:
     """Gram blocks of a column, as in `ColumnGram.blocks`, complex128; differentiable in the depths.
 
@@ -177,16 +153,6 @@ def radial_gram(depths: Float[Array, " atom"], column: RadialColumn) -> Complex[
     """
     (waves, diffuse), _ = jax.lax.scan(lambda carry, distance: (_meet(carry, distance, column), None), *_start(depths, column))
     return _recorded(waves, diffuse, column)
-
-
-def radial_grams(depths: Float[Array, " atom"], column: RadialColumn) -> Complex[Array, "atom l p p"]:
-    """Gram blocks of the columns that end at each atom, from one sweep: the wave after atom n is the exit wave of n atoms."""
-
-    def atom(carry, distance):
-        carry = _meet(carry, distance, column)
-        return carry, _recorded(*carry, column)
-
-    return jax.lax.scan(atom, *_start(depths, column))[1]
 
 
 def _start(depths, column: RadialColumn):
@@ -207,28 +173,3 @@ def _meet(carry, distance, column: RadialColumn):
 
 def _recorded(waves, diffuse, column: RadialColumn):
     return diffuse + jnp.einsum("lpk,lqk->lpq", waves.conj() * column.detected, waves)
-
-
-def ring_grams(
-    column: Column,
-    energy: float,
-    modes: Modes,
-    aperture: float,
-    edges: tuple[float, ...],
-    parametrization: str = "lobato",
-    progress: Callable = lambda items, **_: items,
-) -> Complex[np.ndarray, "ring atom l p p"]:
-    """Gram blocks of columns of 1 to column.n_atoms atoms on each of the rings between `edges` [mrad]; complex128, run under x64.
-
-    The modes' plane halves the longest column. Signals of a detector made of several rings add.
-    """
-    depths = _depths(column)
-    grids = _grids(column, energy, aperture, edges, modes, parametrization)
-    sweep = jax.jit(radial_grams)
-    rings = list(pairwise(edges))
-    return np.stack([np.asarray(sweep(depths, _with_detector(grids, AnnularDetector(*ring), energy, modes))) for ring in progress(rings, desc="detector rings", unit="ring")])
-
-
-def _depths(column: Column) -> Float[Array, " atom"]:
-    """z of each atom about the middle of the column [Å]."""
-    return (jnp.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * column.spacing

@@ -1,0 +1,202 @@
+"""Gram matrices of an isolated column on the rings of a detector: the closed thermal average of `thermal`, between the atoms' cores.
+
+What an atom scatters diffusely starts within its core (so its quadratic form is needed there alone), and between two cores waves
+only meet mean atoms. With T_s the path from a core through s - 1 mean atoms to the next core, and E_s what a ring records of a core's waves behind
+s mean atoms, the form seen from the core of the b-th atom from below is
+
+    h_b = E_(b-1) + sum_s T_s* D(h_(b-s)) T_s,
+
+D being the product point by point with the atom's mutual coherence; incident waves see one more such sum. Cores hold some forty
+waves of each angular momentum, so that one pass of waves down the column serves every ring and every number of atoms. A path's derivative by
+the length of one flight is the same path with that flight's rate in between.
+
+Everything is float64 and complex128.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Complex
+
+from .detector import AnnularDetector
+from .electron import wavelength
+from .gram import DiscModes, require_full_symmetry
+from .scattering import panels
+from .specimen import Column
+from .thermal import POTENTIAL, highest_order, incident_disc, incident_modes, vibrating_atom
+
+FAINTEST_CORE = 1e-6  # amplitude of a wave within the core below which it is left out
+
+
+class Scatterer(NamedTuple):
+    """A column's atom between free flights. Waves carry the root of their quadrature weight.
+
+    Attributes
+    ----------
+    k, weight, rate : (k,)
+        As in `thermal.AtomChannel`.
+    hankel, mean, cosine, coherence
+        As in `thermal.VibratingAtom`.
+    core : (l, R, k)
+        What waves amount to within the core, in few functions.
+    lift : (l, r, R)
+        Those functions at the core's radii.
+    rings : list of slice
+        Frequencies of each ring.
+    """
+
+    k: np.ndarray
+    weight: np.ndarray
+    rate: np.ndarray
+    hankel: np.ndarray
+    mean: np.ndarray
+    cosine: np.ndarray
+    coherence: np.ndarray
+    core: np.ndarray
+    lift: np.ndarray
+    rings: list
+
+
+def prepare_scatterer(column: Column, energy: float, aperture: float, edges: tuple[float, ...], parametrization: str = "lobato", oversampling: float = 1.15) -> Scatterer:
+    """Grids and operators for columns up to `column`, incident waves up to `aperture` [1/Å], and rings between `edges` [mrad].
+
+    Waves that leave the column are followed, not absorbed: the nodes in frequency resolve as far as they travel.
+
+    Raises
+    ------
+    InputError
+        For a tilted column.
+    """
+    require_full_symmetry(column, AnnularDetector(edges[0], edges[-1]), "the closed thermal average")
+    lam = float(wavelength(energy))
+    at = np.unique([0.0, aperture, *(np.array(edges) * 1e-3 / lam)])
+    k_max = 1.3 * (at[-1] + aperture)
+    extent = POTENTIAL + lam * k_max * float(column.spacing) * (column.n_atoms - 1)
+    at = np.append(at, k_max)
+    k, w = panels(at, np.ceil(np.diff(at) * 2 * extent * oversampling) + 10)
+    weight = np.sqrt(2 * np.pi * k * w)
+    orders = max(incident_disc(column, energy, aperture).order, highest_order(k_max))
+    atom = vibrating_atom(column, energy, k, weight, orders, parametrization, oversampling)
+    core = atom.hankel[:, : atom.coherence.shape[1]]
+    sizes, functions = np.linalg.eigh(core @ core.swapaxes(1, 2))
+    lift = functions[:, :, -int((sizes > FAINTEST_CORE**2).sum(1).max()) :]
+    rings = [slice(*np.searchsorted(k, np.array(ring) * 1e-3 / lam)) for ring in pairwise(edges)]
+    return Scatterer(
+        k, weight, -np.pi * lam * k**2, atom.hankel, atom.mean, atom.cosine, atom.coherence,
+        lift.swapaxes(1, 2) @ core, lift, rings,
+    )
+
+
+def _real_times(real: np.ndarray, waves: np.ndarray) -> np.ndarray:
+    """Matrix product of real and complex, by real ones."""
+    return (real @ np.ascontiguousarray(waves).view(float)).view(complex)
+
+
+def _through(waves: Complex[np.ndarray, "l k w"], atom: Scatterer) -> Complex[np.ndarray, "l k w"]:
+    """Behind the mean atom."""
+    met = atom.mean[:, None] * _real_times(atom.hankel, waves)
+    return waves + _real_times(atom.hankel.swapaxes(1, 2), met)
+
+
+def _diffuse(form: Complex[np.ndarray, "l R R"], atom: Scatterer) -> Complex[np.ndarray, "l R R"]:
+    """Point-by-point product with the atom's coherence, at the angles between two points and back."""
+    n_l, n_r = atom.lift.shape[:2]
+    back = np.where(np.arange(n_l) > 0, 0.5, 1.0)[:, None] * atom.cosine.T / len(atom.cosine)
+    lift = atom.lift.swapaxes(1, 2)
+    upper = np.triu_indices(n_r)  # all are Hermitian
+    here = _real_times(atom.lift, form @ lift)[:, *upper]
+    there = _real_times(back, _real_times(atom.cosine, here) * atom.coherence[:, *upper])
+    whole = np.empty((n_l, n_r, n_r), complex)
+    whole[:, *upper[::-1]] = there.conj()
+    whole[:, *upper] = there
+    return _real_times(lift, whole) @ atom.lift
+
+
+def _paths(atom: Scatterer, waves: np.ndarray, n: int, spacing: float, slopes: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What `waves`, then the waves of a core, amount to in the core of the atom they meet after each step, and what rings record of them behind it.
+
+    Both with entries in front: the value, then with `slopes` derivatives by each flight so far. Shapes (entry, l, R, w), (entry, ring, l, w, w).
+    """
+    flight = np.exp(1j * atom.rate * spacing)[:, None]
+    start = np.concatenate([waves, flight * atom.core.swapaxes(1, 2)], 2)
+    entries = [start]
+    for _ in range(n):
+        if slopes:
+            entries.append(1j * atom.rate[:, None] * entries[0])
+        cores = np.stack([_real_times(atom.core, w) for w in entries])
+        entries = [_through(w, atom) for w in entries]
+        recorded = [np.stack([entries[0][:, r].conj().swapaxes(1, 2) @ w[:, r] for r in atom.rings]) for w in entries]
+        yield cores, np.stack([recorded[0], *(g + _adjoint(g) for g in recorded[1:])])
+        entries = [flight * w for w in entries]
+
+
+def _adjoint(form: np.ndarray) -> np.ndarray:
+    return form.conj().swapaxes(-1, -2)
+
+
+def ring_grams(
+    column: Column,
+    energy: float,
+    aperture: float,
+    edges: tuple[float, ...],
+    parametrization: str = "lobato",
+    derivatives: bool = False,
+    progress: Callable = lambda items, **_: items,
+) -> tuple[Complex[np.ndarray, "ring entry l p p"], DiscModes]:
+    """Gram blocks on each of the rings between `edges` [mrad], and their modes, whose plane halves the longest column.
+
+    Entries are columns of 1 to column.n_atoms atoms, one on top of the others as in `thermal_gram`; or, with `derivatives`, the longest
+    column and its derivatives by the depth of each atom, top atom first [1/Å]. Signals of a detector made of several rings add.
+
+    Parameters
+    ----------
+    aperture : float
+        Largest incident frequency [1/Å].
+    """
+    n, spacing = column.n_atoms, float(column.spacing)
+    modes = incident_disc(column, energy, aperture)
+    atom = prepare_scatterer(column, energy, aperture, edges, parametrization)
+    waves = np.zeros((len(atom.hankel), len(atom.k), modes.block_size), complex)
+    top = -(n - 1) / 2 * spacing
+    waves[: modes.order + 1] = (incident_modes(modes, atom) * np.exp(1j * atom.rate * top)).swapaxes(1, 2)
+    p = modes.block_size
+
+    cores, recorded = zip(*progress(_paths(atom, waves, n, spacing, derivatives), total=n, desc="waves down the column", unit="atom"), strict=True)
+    between, onto = [c[..., p:] for c in cores], [c[..., :p] for c in cores]
+    left, seen = [g[..., p:, p:] for g in recorded], [g[..., :p, :p] for g in recorded]
+    bare = np.stack([atom.core[:, :, r] @ atom.core[:, :, r].swapaxes(1, 2) for r in atom.rings]).astype(complex)
+    diffuse = lambda form: np.stack([_diffuse(ring, atom) for ring in form])
+
+    values, slopes, grams = {}, {}, []
+    for b in progress(range(1, n + 1), desc="forms up the column", unit="atom"):
+        exits, paths = [bare[None], *left], between[: b - 1]
+        values[b] = diffuse(_of_source(exits[b - 1][0], [c[0] for c in paths], values, b))
+        if derivatives:
+            for g in range(1, b):
+                slopes[b, g] = diffuse(_slope(exits[b - 1], paths, values, slopes, b, g))
+        else:
+            grams.append(_of_source(seen[b - 1][0], [c[0] for c in onto[:b]], values, b + 1))
+    if derivatives:
+        by_flight = [_slope(seen[-1], onto, values, slopes, n + 1, g) for g in range(n, 0, -1)]
+        by_depth = [a - b for a, b in zip(by_flight, [*by_flight[1:], 0.0], strict=True)]
+        grams = [_of_source(seen[-1][0], [c[0] for c in onto], values, n + 1), *by_depth]
+    return np.stack(grams, 1)[:, :, : modes.order + 1], modes
+
+
+def _of_source(recorded, paths, values, b):
+    """Form seen by waves that start above b - 1 atoms: what they bring to the detector, and what they scatter on each atom on the way."""
+    return recorded + sum(_adjoint(path) @ values[b - s] @ path for s, path in enumerate(paths, 1))
+
+
+def _slope(recorded, paths, values, slopes, b, g):
+    """Derivative of `_of_source` by the length of the flight onto the g-th atom from below, the (b - g)-th of these waves'."""
+    total = recorded[b - g]
+    for s, path in enumerate(paths, 1):
+        if s >= b - g:
+            cross = _adjoint(path[0]) @ values[b - s] @ path[b - g]
+            total = total + cross + _adjoint(cross)
+        else:
+            total = total + _adjoint(path[0]) @ slopes[b - s, g] @ path[0]
+    return total
