@@ -4,9 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from depthprob.errors import InputError
 from depthprob.io import read_tilt_series
+from depthprob.plotting import plot_tilted_atoms, plot_tomogram
 from depthprob.reconstruction.tomography import TILTS, align, model_density, overlap, project, sirt, surface_distance
 
 PIXEL = 2.0
@@ -88,12 +90,28 @@ def test_align_finds_how_a_model_was_turned_and_shifted(rotation):
     c, s = np.cos(np.radians(rotation)), np.sin(np.radians(rotation))
     x, y, z = L_SHAPE.T
     moved = np.stack([c * x - s * y + 3.3, s * x + c * y - 5.1, z + 2.2], 1)
-    tomogram = 7.0 * model_density(moved, (32, 44, 44), PIXEL)
+    tomogram = 7.0 * model_density(moved, (38, 44, 44), PIXEL)
     found = align(tomogram, L_SHAPE, PIXEL, step=15.0)
     assert abs((found.rotation - rotation + 180) % 360 - 180) < 0.1
     np.testing.assert_allclose(found.shift, [3.3, -5.1, 2.2], atol=0.02)
     np.testing.assert_allclose(found(L_SHAPE), moved, atol=0.06)
     assert abs(found.scale / 7.0 - 1) < 0.01 and found.correlation > 0.999
+    model = model_density(L_SHAPE, tomogram.shape, PIXEL)
+    np.testing.assert_allclose(found.in_model_frame(tomogram, PIXEL), model, atol=0.02 * model.max())
+
+
+def test_volume_and_atoms_are_drawn_as_a_tilted_specimen_is_imaged():
+    tilt, half = 45.0, (40 - 1) / 2 * PIXEL
+    axes = Figure().subplots(2)
+    plot_tomogram(axes[0], model_density(L_SHAPE, (40, 40, 40), PIXEL), PIXEL, 0.001, tilt)
+    drawn, (image,) = np.asarray(axes[0].images[0].get_array()) * PIXEL, project(L_SHAPE, [tilt], (40, 40), PIXEL)
+    assert np.corrcoef(drawn.ravel(), image.ravel())[0, 1] > 0.999
+    assert axes[0].images[0].get_extent() == [-half - PIXEL / 2, half + PIXEL / 2, half + PIXEL / 2, -half - PIXEL / 2]
+    plot_tilted_atoms(axes[1], L_SHAPE, np.ones_like(L_SHAPE), tilt)
+    places = axes[1].collections[-1].get_offsets()
+    one_by_one = [project(L_SHAPE[i : i + 1], [tilt], (40, 40), PIXEL)[0] for i in range(len(L_SHAPE))]
+    means = [[(a.sum(k) @ (np.arange(40) * PIXEL - half)) / a.sum() for k in (0, 1)] for a in one_by_one]
+    assert {tuple(p) for p in np.round(places, 2)} == {tuple(p) for p in np.round(means, 2)}
 
 
 def test_overlap_and_surface_distance_of_two_boxes():

@@ -36,9 +36,13 @@ class Alignment(NamedTuple):
     scale: float
     correlation: float
 
-    def __call__(self, atoms: np.ndarray) -> np.ndarray:
-        """Atoms (N, 3) of the model in the frame of the tomogram [Å]."""
-        return atoms @ _turned(self.rotation).T + self.shift
+    def __call__(self, points: np.ndarray) -> np.ndarray:
+        """Points (N, 3) of the model's frame in that of the tomogram [Å]."""
+        return points @ _turned(self.rotation).T + self.shift
+
+    def in_model_frame(self, tomogram: np.ndarray, voxel_size: float) -> np.ndarray:
+        """The tomogram (z, y, x) turned and shifted to lie on the model as given, in the model's unit: atoms / Å^3."""
+        return _sampled(tomogram / self.scale, self(_points(tomogram.shape, voxel_size)), voxel_size)
 
 
 class Overlap(NamedTuple):
@@ -53,8 +57,16 @@ def _turned(rotation: float) -> np.ndarray:
     return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.0]])
 
 
-def _axis(n: int, step: float) -> np.ndarray:
-    return (np.arange(n) - (n - 1) / 2) * step
+def _points(shape: tuple[int, int, int], step: float) -> np.ndarray:
+    """Places (N, 3) of all voxels of a volume (z, y, x): x, y, z from its middle [Å]."""
+    z, y, x = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * step for n in shape), indexing="ij")
+    return np.stack([x, y, z], -1).reshape(-1, 3)
+
+
+def _sampled(volume: np.ndarray, points: np.ndarray, step: float) -> np.ndarray:
+    """A volume (z, y, x) at as many points (x, y, z) [Å] as it has voxels, by cubic splines, zero beyond it."""
+    index = points[:, ::-1] / step + (np.array(volume.shape) - 1) / 2
+    return map_coordinates(volume, index.T, order=3).reshape(volume.shape)
 
 
 def _shares(centres: np.ndarray, n: int, step: float, sd: float) -> np.ndarray:
@@ -146,20 +158,14 @@ def align(tomogram: np.ndarray, atoms: np.ndarray, voxel_size: float, resolution
     spectrum = np.fft.rfftn(tomogram - tomogram.mean())
     best = (-np.inf, 0.0, np.zeros(3))
     for rotation in np.arange(0.0, 360.0, step):
-        turned = rotate(density, -rotation, axes=(1, 2), reshape=False, order=1)  # SciPy turns from the second axis to the first
+        turned = rotate(density, -rotation, axes=(1, 2), reshape=False, order=1)  # SciPy turns from the first axis to the second
         correlation = np.fft.irfftn(spectrum * np.fft.rfftn(turned).conj(), tomogram.shape)
         if correlation.max() > best[0]:
             at = np.array(np.unravel_index(np.argmax(correlation), correlation.shape))
             at = np.where(at > np.array(tomogram.shape) / 2, at - tomogram.shape, at)
             best = (correlation.max(), rotation, at[::-1] * voxel_size)
-    z, y, x = np.meshgrid(*(_axis(n, voxel_size) for n in tomogram.shape), indexing="ij")
-    points = np.stack([x, y, z]).reshape(3, -1)
-    middle = (np.array(tomogram.shape)[:, None] - 1) / 2
-
-    def laid(parameters):
-        back = _turned(parameters[0]).T @ (points - parameters[1:4, None])
-        return map_coordinates(density, back[::-1] / voxel_size + middle, order=3).reshape(tomogram.shape)
-
+    points = _points(tomogram.shape, voxel_size)
+    laid = lambda p: _sampled(density, (points - p[1:4]) @ _turned(p[0]), voxel_size)
     scale = np.sum(tomogram) / np.sum(density)
     start = np.array([best[1], *best[2], 1.0])
     found = least_squares(lambda p: (laid(p) * p[4] * scale - tomogram).ravel(), start, x_scale=[1.0, 1.0, 1.0, 1.0, 0.1]).x
