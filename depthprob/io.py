@@ -75,6 +75,14 @@ class Stack(NamedTuple):
     metadata: dict[str, Any] = {}  # noqa: RUF012 (never changed in place)
 
 
+class TiltSeries(NamedTuple):
+    """Projections at several tilts about the x axis: data (tilt, y, x) in the file's unit, tilts (tilt,) [degrees], pixel size [Å]."""
+
+    data: Real[np.ndarray, "tilt y x"]
+    tilts_deg: Real[np.ndarray, " tilt"]
+    pixel_size_A: float
+
+
 class _Content(NamedTuple):
     """What a file holds, before it is compared with the config; absent entries are None."""
 
@@ -124,6 +132,38 @@ def read_stack(path: str | Path, config: Config) -> Stack:
         _check_not_negative(path, values, config)
     metadata = {"file": path.name, "signal": series.signal, "dose_e_per_A2": series.dose}
     return Stack(values, series.defocus, series.pixel_size_A, metadata)
+
+
+def read_tilt_series(path: str | Path, table: str | Path, pixel_size_A: float | None = None) -> TiltSeries:
+    """Read a measured tilt series, one file of any format that `read_stack` takes, with its tilts from a table's column tilt_deg (CSV or TOML).
+
+    Parameters
+    ----------
+    pixel_size_A : float, optional
+        Needed where the file does not say.
+
+    Raises
+    ------
+    InputError
+        Missing, corrupt or unknown file or table; images and tilts of different number; NaN or infinity; pixel size missing, or other than the file's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no tilt series {str(path)!r}. Give one file (.npz, .nc, .h5, .tif, .mrc, ...) that holds all images.")
+    content = _read_file(path)
+    tilts = np.array(read_table(Path(table), "table of tilts", ["tilt_deg"])["tilt_deg"])
+    if len(tilts) != len(content.stack):
+        raise InputError(f"{path}: holds {len(content.stack)} images, but {str(table)!r} has {len(tilts)} tilts. Give a tilt for each image.")
+    in_file = content.pixel_size_A
+    if in_file is None and pixel_size_A is None:
+        raise InputError(f"{path}: does not say how large its pixels are. Give pixel_size_A.")
+    if in_file is not None and pixel_size_A is not None and abs(in_file - pixel_size_A) > 1e-4 * in_file:
+        raise InputError(f"{path}: pixel_size_A is {in_file:g} in the file and {pixel_size_A:g} as given. Correct whichever is wrong, or leave it to the file.")
+    values = np.array(content.stack, np.float64)
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise InputError(f"{path}: NaN or infinity in {_first(~finite)}. Every pixel needs a number: crop the images, or leave bad images and their tilts out.")
+    return TiltSeries(values, tilts, float(pixel_size_A if in_file is None else in_file))
 
 
 def _read_file(path: Path, ndim: int = 3) -> _Content:

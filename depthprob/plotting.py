@@ -1,9 +1,11 @@
 """Figures of a reconstruction, one function per figure, on matplotlib axes."""
 
 import numpy as np
+from matplotlib.colors import BoundaryNorm
 from matplotlib.ticker import MaxNLocator
 from matplotlib.tri import Triangulation
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
+from scipy.ndimage import rotate
 from scipy.stats import binom
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's colour-blind safe palette
@@ -14,13 +16,47 @@ def _extent(shape, pixel_size):
     return (-pixel_size / 2, (nx - 0.5) * pixel_size, (ny - 0.5) * pixel_size, -pixel_size / 2)
 
 
+def plot_image(ax, image, pixel_size, title="", origin=(0.0, 0.0)):
+    """An image in grey; `origin` is the place (x, y) of pixel (0, 0) [Å]."""
+    left, right, bottom, top = _extent(image.shape, pixel_size)
+    ax.imshow(image, cmap="gray", extent=(left + origin[0], right + origin[0], bottom + origin[1], top + origin[1]))
+    ax.set(xlabel="x (Å)", ylabel="y (Å)", title=title)
+
+
+def plot_stack_volume(ax, stack, defocus, pixel_size, column):
+    """The drift-corrected stack as a volume cut open in the row of a column (x, y) [Å]: its first image on top, defocus downwards, the column marked.
+
+    Every image has its own grey scale, so that the blurred ones show as well. The top face is drawn slantwise, half as deep as it is wide.
+    """
+    low, high = stack.min((1, 2), keepdims=True), stack.max((1, 2), keepdims=True)
+    stack = (stack - low) / (high - low)
+    n_y, n_x = stack.shape[1:]
+    row = int(np.clip(round(column[1] / pixel_size), 1, n_y - 1))
+    x = (np.arange(n_x + 1) - 0.5) * pixel_size
+    y = (np.arange(row + 2) - 0.5) * pixel_size
+    step = np.diff(defocus).mean()
+    z = np.append(defocus, defocus[-1] + step) - step / 2
+    back = y[-1] - y  # behind the cut
+    slant_x, slant_z = 0.5, 0.5 * np.ptp(z) / np.ptp(x)  # of axis units for an Å to the back
+    shades = {"cmap": "gray", "vmin": 0, "vmax": 1, "rasterized": True}
+    ax.pcolormesh(x, z, stack[:, row], **shades)
+    ax.pcolormesh(x[None] + slant_x * back[:, None], z[0] - slant_z * back[:, None] + 0 * x, stack[0, : row + 1], **shades)
+    side_x, side_z = np.broadcast_arrays(x[-1] + slant_x * back[None], z[:, None] - slant_z * back[None])
+    ax.pcolormesh(side_x, side_z, 0.8 * stack[:, : row + 1, -1], **shades)
+    ax.plot([column[0]] * 2, [z[0], z[-1]], ":", color=ORANGE, lw=1)
+    ax.plot(column[0], z[0], "o", color=ORANGE, ms=5)
+    ax.annotate(f"y, {back[0]:.0f} Å", (x[-1] + slant_x * back[0] / 2, z[0] - slant_z * back[0] / 2), xytext=(8, -4), textcoords="offset points", fontsize=8)
+    ax.set(xlabel="x (Å)", ylabel="defocus (Å): depth in focus", ylim=(z[-1], z[0] - 1.04 * slant_z * back[0]), yticks=np.linspace(defocus[0], defocus[-1], 5))
+    ax.spines[["top", "right"]].set_visible(False)
+
+
 def plot_stack(axes, stack, defocus, pixel_size):
     """The stack at as many foci as there are axes, each on its own grey scale; defocus positive is underfocus."""
     for ax, i in zip(axes, np.linspace(0, len(stack) - 1, len(axes)).round().astype(int), strict=True):
-        ax.imshow(stack[i], cmap="gray", extent=_extent(stack.shape[1:], pixel_size))
+        plot_image(ax, stack[i], pixel_size)
         ax.set_title(f"defocus {defocus[i]:+.0f} Å", fontsize=9)
-        ax.set_xlabel("x (Å)")
-    axes[0].set_ylabel("y (Å)")
+        if ax is not axes[0]:
+            ax.set_ylabel("")
 
 
 def plot_drift(ax, defocus, drift_px, sd_px):
@@ -47,13 +83,24 @@ def plot_drift_correction(axes, before, after, pixel_size):
 
 def plot_counts(ax, image, positions, n_atoms, pixel_size):
     """Average of the sharpest images with every column's number of atoms."""
-    ax.imshow(image, cmap="gray", extent=_extent(image.shape, pixel_size))
+    plot_image(ax, image, pixel_size)
     if len(positions) <= 250:
         for (x, y), n in zip(positions, n_atoms, strict=True):
             ax.text(x, y, str(n), color="#F0E442", ha="center", va="center", fontsize=8, weight="bold")
     else:
         ax.scatter(*positions.T, c=n_atoms, s=3, cmap="viridis")
-    ax.set(xlabel="x (Å)", ylabel="y (Å)")
+
+
+def plot_count_map(ax, positions, n_atoms, probability=None, size=120.0):
+    """Columns as discs coloured by their number of atoms, ringed where its probability is below 0.95; returns what a colour bar needs."""
+    edges = np.arange(n_atoms.min() - 0.5, n_atoms.max() + 1)
+    colours = BoundaryNorm(edges, 256)
+    drawn = ax.scatter(*positions.T, c=n_atoms, s=size, cmap="viridis", norm=colours)
+    if probability is not None:
+        ax.scatter(*positions[probability < 0.95].T, s=size, facecolors="none", edgecolors=ORANGE, linewidths=2)
+    ax.set(xlabel="x (Å)", ylabel="y (Å)", aspect="equal")
+    ax.invert_yaxis()
+    return drawn
 
 
 def plot_cross_sections(ax, cross_section, library, fit=None):
@@ -196,6 +243,44 @@ def plot_surfaces(ax, positions, ends):
     ax.set_aspect("equal")
     ax.locator_params(nbins=4)
     return drawn
+
+
+def plot_tomogram(ax, tomogram, voxel_size, level, tilt=0.0):
+    """Projection of a tomogram (z, y, x) along the beam after a tilt about x [degrees], with the outline of what lies above `level`."""
+    turned = rotate(tomogram, -tilt, axes=(0, 1), reshape=False, order=1)
+    n_y, n_x = turned.shape[1:]
+    origin = (-(n_x - 1) / 2 * voxel_size, -(n_y - 1) / 2 * voxel_size)
+    plot_image(ax, turned.sum(0), voxel_size, origin=origin)
+    x, y = origin[0] + np.arange(n_x) * voxel_size, origin[1] + np.arange(n_y) * voxel_size
+    ax.contour(x, y, (turned > level).any(0), [0.5], colors=ORANGE, linewidths=1)
+
+
+def plot_tilted_atoms(ax, atoms, atom_sd, tilt=0.0):
+    """Atoms as the beam sees them after a tilt about x [degrees], the nearest to the source in front, with one standard deviation across the tilt axis."""
+    c, s = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
+    x, y, z = atoms[:, 0], atoms[:, 1] * c - atoms[:, 2] * s, atoms[:, 1] * s + atoms[:, 2] * c
+    order = np.argsort(-z)
+    ax.errorbar(x, y, np.hypot(atom_sd[:, 1] * c, atom_sd[:, 2] * s), fmt="none", ecolor=GREY, elinewidth=0.7)
+    ax.scatter(x[order], y[order], s=30, c=-z[order], cmap="YlOrBr_r", vmin=-1.4 * abs(z).max(), vmax=1.2 * abs(z).max(), edgecolors="black", linewidths=0.3, zorder=3)
+    ax.set(xlabel="x (Å)", ylabel="y (Å)", aspect="equal")
+
+
+def plot_views(axes, tomogram, voxel_size, level, images, pixel_size, atoms, atom_sd, tilts=(0.0, 45.0)):
+    """Tomogram, image and depth-sectioning model side by side (3 columns), a row for each tilt about x [degrees], as in the paper's figure 5.
+
+    All are measured from one middle [Å]: of the volume, of each of the `images` (one a tilt), and the origin of `atoms`.
+    """
+    for row, tilt, image in zip(axes, tilts, images, strict=True):
+        plot_tomogram(row[0], tomogram, voxel_size, level, tilt)
+        middle = (np.array(image.shape[::-1]) - 1) / 2 * pixel_size
+        plot_image(row[1], image, pixel_size, origin=-middle)
+        plot_tilted_atoms(row[2], atoms, atom_sd, tilt)
+        for ax in row:
+            ax.set(xlim=(-middle[0], middle[0]), ylim=(middle[1], -middle[1]))
+            ax.label_outer()
+        row[0].set_ylabel(f"y (Å), {tilt:.0f}° about x")
+    for ax, name in zip(axes[0], ("tomogram", "image", "depth sectioning"), strict=True):
+        ax.set_title(name)
 
 
 def plot_ranks(ax, ranks, draws, title="", bins=10):
