@@ -131,7 +131,7 @@ def crystal_columns(crystal: UnitCell, zone_axis) -> CrystalColumns:
     atoms = np.concatenate([points + atom for atom in crystal.atoms @ frame.T])
     tree = cKDTree(atoms[:, :2])
     basis, basis_heights = _shortest(points[flat > SAME])
-    sites, heights, spacing = [], [], None
+    sites, heights, spacing = [], [], period
     own = crystal.atoms @ frame.T
     for atom in own:
         parts = (atom - own[0])[:2] @ np.linalg.inv(basis)
@@ -141,7 +141,7 @@ def crystal_columns(crystal: UnitCell, zone_axis) -> CrystalColumns:
         along = np.mod(atoms[tree.query_ball_point(atom[:2], SAME), 2] - atom[2] + SAME, period)
         along = np.unique(along.round(3))
         distance = period / len(along)
-        if np.any(abs(np.diff(np.append(along, along[0] + period)) - distance) > 10 * SAME) or (spacing and abs(distance - spacing) > 10 * SAME):
+        if np.any(abs(np.diff(np.append(along, along[0] + period)) - distance) > 10 * SAME) or (sites and abs(distance - spacing) > 10 * SAME):
             raise InputError(
                 f"along specimen.zone_axis = {list(zone_axis)} the columns of this crystal are not all alike or not evenly spaced, which a column's depth "
                 "presumes. Choose another zone axis."
