@@ -45,7 +45,7 @@ def plot_stack_volume(ax, stack, defocus, pixel_size, column):
     ax.pcolormesh(side_x, side_z, 0.8 * stack[:, : row + 1, -1], **shades)
     ax.plot([column[0]] * 2, [z[0], z[-1]], ":", color=ORANGE, lw=1)
     ax.plot(column[0], z[0], "o", color=ORANGE, ms=5)
-    ax.annotate(f"y, {back[0]:.0f} Å", (x[-1] + slant_x * back[0] / 2, z[0] - slant_z * back[0] / 2), xytext=(8, -4), textcoords="offset points", fontsize=8)
+    ax.annotate(f"y, {back[0]:.0f} Å", (x[0] + slant_x * back[0] / 2, z[0] - slant_z * back[0] / 2), xytext=(-6, 4), textcoords="offset points", ha="right", fontsize=8)
     ax.set(xlabel="x (Å)", ylabel="defocus (Å): depth in focus", ylim=(z[-1], z[0] - 1.04 * slant_z * back[0]), yticks=np.linspace(defocus[0], defocus[-1], 5))
     ax.spines[["top", "right"]].set_visible(False)
 
