@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from . import plotting
-from .io import atomic_write
+from .storage import atomic_write
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#222}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from depthprob import io
+from depthprob import io, storage
 from depthprob.config import config_from_dict
 from depthprob.errors import InputError
 
@@ -337,7 +337,7 @@ def test_real_files_of_other_kinds_are_understood_and_refused(name, words):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(ZeroDivisionError), io.atomic_write(tmp_path / "a.txt") as temporary:
+    with pytest.raises(ZeroDivisionError), storage.atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("new")
         1 / 0  # noqa: B018
     assert (tmp_path / "a.txt").read_text() == "old"
@@ -345,7 +345,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), io.atomic_folder(tmp_path / "out") as temporary:
+    with pytest.raises(ZeroDivisionError), storage.atomic_folder(tmp_path / "out") as temporary:
         (temporary / "columns.csv").write_text("half")
         1 / 0  # noqa: B018
     assert not list(tmp_path.iterdir())
@@ -355,7 +355,7 @@ def test_a_folder_in_use_keeps_its_other_files(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     (tmp_path / "out" / "columns.csv").write_text("old")
-    with io.atomic_folder(tmp_path / "out") as temporary:
+    with storage.atomic_folder(tmp_path / "out") as temporary:
         (temporary / "columns.csv").write_text("new")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "out" / "columns.csv").read_text() == "new"
