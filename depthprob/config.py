@@ -373,7 +373,7 @@ class SpecimenConfig:
     cell_file: str | None = _key(None, _text)
     lattice_constant_A: float = _key(4.08, _number(above=0.0, at_most=1000.0))
     lattice_constant_c_A: float | None = _key(None, _number(above=0.0, at_most=1000.0))  # hcp; ideal by default
-    zone_axis: tuple[int, ...] = _key((0, 0, 1), _list_of(_number(whole=True), 3))
+    zone_axis: tuple[int, ...] = _key((0, 0, 1), _list_of(_number(at_least=-9, at_most=9, whole=True), 3))
     debye_waller_B_A2: float | None = _key(0.63, _not_negative)
     rms_displacement_A: float | None = _key(None, _not_negative)
     n_atoms: int = _key(10, _number(at_least=1, whole=True))

@@ -21,7 +21,7 @@ from jaxtyping import Real
 
 from .config import Config
 from .errors import InputError
-from .storage import DAMAGE, atomic_write, memory_bytes, naming, read_array
+from .storage import DAMAGE, HDF5_OVERHEAD, atomic_write, memory_bytes, naming, read_array
 
 COLUMNS = (
     "column",
@@ -243,6 +243,7 @@ def _read_hdf5(path: Path, ndim: int = 3) -> _Content:
         if not isinstance(stack, h5py.Dataset):
             raise _missing_stack(path, list(file))
         _check_shape(path, stack.shape, stack.dtype, ndim)
+        _check_stored(path, file)
 
         def get(name: str) -> Any:
             value = file.get(name)
@@ -253,11 +254,29 @@ def _read_hdf5(path: Path, ndim: int = 3) -> _Content:
         return _content(path, stack[()], get)
 
 
+def _check_stored(path: Path, file) -> None:
+    """Refuse an HDF5 file whose stack lies elsewhere, or was never written: HDF5 would read other files, or make up zeros for all that is declared."""
+    import h5py
+
+    stack, links = file["stack"], [file.get(name, getlink=True) for name in ("stack", "defocus_A", "pixel_size_A", "dose_e_per_A2") if name in file]
+    if any(isinstance(link, h5py.ExternalLink) for link in links) or stack.is_virtual or stack.external:
+        raise InputError(f"{path}: its arrays lie in other files, which are not read. Save it as one file.")
+    chunks = math.prod(-(-n // m) for n, m in zip(stack.shape, stack.chunks, strict=True)) if stack.chunks else 1
+    if stack.id.get_storage_size() == 0 or (stack.chunks and stack.id.get_num_chunks() != chunks):
+        raise InputError(f"{path}: the stack declares {stack.shape} {stack.dtype}, but not all of it was written. Save it again.")
+
+
 def _read_netcdf(path: Path, ndim: int = 3) -> _Content:
+    import h5py
     import xarray
 
     with naming(path, OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError):
         classic = _starts_with(path, b"CDF")
+        if not classic:
+            with h5py.File(path, "r") as file:
+                if isinstance(file.get("stack"), h5py.Dataset):
+                    _check_shape(path, file["stack"].shape, file["stack"].dtype, ndim)
+                    _check_stored(path, file)
         with xarray.open_dataset(
             path, engine="scipy" if classic else "h5netcdf", decode_times=False
         ) as data:
@@ -539,7 +558,7 @@ def write_stack(path: str | Path, stack: Stack) -> None:
     }
     if "dose_e_per_A2" in stack.metadata:
         entries["dose_e_per_A2"] = np.asarray(stack.metadata["dose_e_per_A2"], float)
-    with atomic_write(path) as temporary:
+    with atomic_write(path, 0 if suffix == ".npz" else data.nbytes + HDF5_OVERHEAD) as temporary:
         if suffix == ".npz":
             np.savez_compressed(temporary, stack=data, **entries)
         elif suffix == ".nc":

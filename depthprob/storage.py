@@ -18,6 +18,7 @@ from .errors import InputError
 
 # what a disk or a folder says no with; any other OSError while writing is a fault of ours
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)
+HDF5_OVERHEAD = 2**20  # bytes that a file of a few dozen arrays holds beside their own, generously
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError, NotImplementedError, RuntimeError, struct.error, SyntaxError)
 
 
@@ -26,15 +27,13 @@ DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSErro
 
 @contextlib.contextmanager
 def disk_refusals(path: Path) -> Iterator[None]:
-    """Say in one message why the disk does not take a file; h5py hides the number of the fault in its text."""
+    """Say in one message why the disk does not take a file."""
     try:
         yield
-    except (OSError, RuntimeError) as fault:
-        number = getattr(fault, "errno", None)
-        number = number if number in REFUSALS else next((n for n in REFUSALS if f"errno = {n}," in str(fault)), None)
-        if number is None:
+    except OSError as fault:
+        if fault.errno not in REFUSALS:
             raise
-        raise InputError(f"cannot write {str(path)!r}: {os.strerror(number).lower()}. Make room there, or name another place.") from fault
+        raise InputError(f"cannot write {str(path)!r}: {os.strerror(fault.errno).lower()}. Make room there, or name another place.") from fault
 
 
 def _check_parent(path: Path) -> None:
@@ -43,8 +42,10 @@ def _check_parent(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, size: int = 0) -> Iterator[Path]:
     """Temporary path beside `path` to write to; renamed to `path` on success, removed on failure.
+
+    The disk must first show room for `size` bytes: HDF5 ends the process with a segmentation fault where a write fails halfway.
 
     Raises
     ------
@@ -58,6 +59,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         with disk_refusals(path):
+            if size and hasattr(os, "posix_fallocate"):
+                with temporary.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
             yield temporary
             os.replace(temporary, path)
     finally:
