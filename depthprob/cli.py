@@ -12,6 +12,7 @@ import typer
 from . import io
 from .config import METHODS, Config, check_sampling, check_supported, read_config
 from .errors import InputError
+from .storage import atomic_folder
 
 app = typer.Typer(
     name="depthprob",
@@ -88,7 +89,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Take the packaged stack through the whole pipeline."""
-    with _input_errors(), io.atomic_folder(output) as folder:
+    with _input_errors(), atomic_folder(output) as folder:
         _use_double_precision()
         from .reconstruction import pipeline
 
@@ -219,7 +220,7 @@ def reconstruct(
             )
         io.read_stack(stack, settings)  # faults of the file show before JAX starts
         checkpoint = output.with_name(f".{output.name}.partial.npz")
-        with io.atomic_folder(output) as folder:
+        with atomic_folder(output) as folder:
             _use_double_precision()
             from .reconstruction import pipeline
 

@@ -45,7 +45,13 @@ Check = Callable[[str, Any], Any]
 
 
 def _fail(name: str, given: Any, allowed: str, mend: str = "") -> InputError:
-    return InputError(f"{name} is {given!r}; allowed is {allowed}." + (f" {mend}" if mend else ""))
+    return InputError(f"{name} is {shown(given)}; allowed is {allowed}." + (f" {mend}" if mend else ""))
+
+
+def shown(given: Any) -> str:
+    """A value as a message shows it: on one line, of 200 characters at most."""
+    text = repr(given)
+    return text if len(text) <= 200 else f"{text[:190]}... ({len(text)} characters)"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -180,7 +186,7 @@ def _aberrations(name: str, value: Any) -> dict[str, float]:
                 "C30_A": "Write microscope.spherical_aberration_mm instead.",
             }
             raise InputError(
-                f"unknown key {key!r} in [{name}]. {special.get(key) or _nearest(key, known)}"
+                f"unknown key {shown(key)} in [{name}]. {special.get(key) or _nearest(key, known)}"
             )
         read[key] = _number(at_least=0.0 if key.endswith("_A") else None)(f"{name}.{key}", entry)
     for key in read:
@@ -211,7 +217,7 @@ def _prior_sd(name: str, value: Any) -> dict[str, float]:
         raise _fail(name, value, f"a table [{name}] of standard deviations")
     for key in value:
         if key not in PRIORS:
-            raise InputError(f"unknown key {key!r} in [{name}]. {_nearest(key, PRIORS)}")
+            raise InputError(f"unknown key {shown(key)} in [{name}]. {_nearest(key, PRIORS)}")
     return {key: _number(above=0.0)(f"{name}.{key}", entry) for key, entry in value.items()}
 
 
@@ -384,7 +390,7 @@ class SpecimenConfig:
     cell_file: str | None = _key(None, _text)
     lattice_constant_A: float = _key(4.08, _number(above=0.0, at_most=1000.0))
     lattice_constant_c_A: float | None = _key(None, _number(above=0.0, at_most=1000.0))  # hcp; ideal by default
-    zone_axis: tuple[int, ...] = _key((0, 0, 1), _list_of(_number(whole=True), 3))
+    zone_axis: tuple[int, ...] = _key((0, 0, 1), _list_of(_number(at_least=-9, at_most=9, whole=True), 3))
     debye_waller_B_A2: float | None = _key(0.63, _not_negative)
     rms_displacement_A: float | None = _key(None, _not_negative)
     n_atoms: int = _key(10, _number(at_least=1, whole=True))
@@ -564,7 +570,7 @@ def _read_section(section: str, raw: Any) -> Any:
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in fields:
-            raise InputError(f"unknown key {key!r} in [{section}]. {_nearest(key, fields)}")
+            raise InputError(f"unknown key {shown(key)} in [{section}]. {_nearest(key, fields)}")
         values[key] = fields[key].metadata["check"](f"{section}.{key}", value)
     for special, usual in ALTERNATIVES.get(section, ()):
         given = [k for k in special if k in values]
@@ -615,7 +621,7 @@ def read_table(path: Path, key: str, needed: Iterable[str], numbers: Iterable[st
         columns = {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(names)}
     for name in columns:
         if name not in known:
-            raise InputError(f"{path}: unknown column {name!r}. {_nearest(name, known)}")
+            raise InputError(f"{path}: unknown column {shown(name)}. {_nearest(name, known)}")
     missing = [name for name in needed if not columns.get(name)]
     if missing:
         raise InputError(f"{path} has the columns {list(columns)}; needed is {missing[0]} with a number for every image. Name it in the first row.")
@@ -623,7 +629,7 @@ def read_table(path: Path, key: str, needed: Iterable[str], numbers: Iterable[st
         try:
             columns[name] = [float(value) for value in columns[name]]
         except (TypeError, ValueError):
-            raise InputError(f"{path}: {name} holds {columns[name]!r}; allowed are numbers.") from None
+            raise InputError(f"{path}: {name} holds {shown(columns[name])}; allowed are numbers.") from None
     return columns
 
 
@@ -664,7 +670,7 @@ def config_from_dict(raw: Mapping[str, Any], folder: str | Path = ".") -> Config
     }.items():
         if value is not None and not config.resolve(value).is_file():
             raise InputError(
-                f"{name} is {value!r}, but there is no file {str(config.resolve(value))!r}. "
+                f"{name} is {shown(value)}, but there is no file {shown(str(config.resolve(value)))}. "
                 "Relative names count from the folder of the config."
             )
     return config

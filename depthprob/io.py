@@ -4,18 +4,15 @@ Readers check everything that can be wrong with a stack before any computation. 
 temporary name in the same folder and rename, so that a file that exists is whole.
 """
 
-import contextlib
 import csv
 import importlib
 import json
 import math
-import os
 import re
-import secrets
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ from jaxtyping import Real
 
 from .config import Config, read_table
 from .errors import InputError
+from .storage import DAMAGE, HDF5_OVERHEAD, atomic_write, memory_bytes, naming, read_array
 
 COLUMNS = (
     "column",
@@ -207,29 +205,6 @@ def _read_folder(folder: Path, config: Config) -> _Content:
     return _Content(np.stack([i.stack for i in images]), gathered("defocus_A"), pixel, gathered("dose_e_per_A2"))
 
 
-@contextlib.contextmanager
-def _naming(path: Path, *faults: type[Exception]) -> Iterator[None]:
-    """Turn the faults a library reports for a damaged file into one readable message."""
-    try:
-        yield
-    except InputError:
-        raise
-    except faults as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"cannot read {str(path)!r}: {reason}. The file is truncated, corrupt or of another format than its "
-            "name says; copy or export it again."
-        ) from error
-
-
-def _memory_bytes() -> float:
-    """Physical memory of this computer, infinite where the system does not tell."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
-
-
 def _check_shape(path: Path, shape: Sequence[int], dtype: np.dtype, ndim: int) -> None:
     """Refuse from the header alone what cannot be a stack (an image, where `ndim` is 2) or cannot be held as float64."""
     if len(shape) != ndim or 0 in shape:
@@ -244,10 +219,10 @@ def _check_shape(path: Path, shape: Sequence[int], dtype: np.dtype, ndim: int) -
             f"{path}: the stack holds {dtype}; allowed are real numbers (integer or floating)."
         )
     needed = math.prod(shape) * (dtype.itemsize + 8)
-    if needed > _memory_bytes():
+    if needed > memory_bytes():
         raise InputError(
             f"{path}: a stack of {tuple(shape)} {dtype} needs {needed / 2**30:.1f} GiB uncompressed, this computer "
-            f"has {_memory_bytes() / 2**30:.1f} GiB of memory. Crop or bin the images."
+            f"has {memory_bytes() / 2**30:.1f} GiB of memory. Crop or bin the images."
         )
 
 
@@ -285,61 +260,30 @@ def _missing_stack(path: Path, names: Sequence[str]) -> InputError:
 
 
 def _read_npz(path: Path, ndim: int = 3) -> _Content:
-    faults = (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        ValueError,
-        OSError,
-        NotImplementedError,
-        RuntimeError,
-        struct.error,
-    )
-    with _naming(path, *faults), zipfile.ZipFile(path) as archive:
+    with naming(path, *DAMAGE), zipfile.ZipFile(path) as archive:
         names = [n.removesuffix(".npy") for n in archive.namelist()]
         if "stack" not in names:
             raise _missing_stack(path, names)
 
-        def header(name: str) -> tuple[Sequence[int], np.dtype]:
-            with archive.open(f"{name}.npy") as member:
-                version = np.lib.format.read_magic(member)
-                read = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }.get(version)
-                if read is None:
-                    raise InputError(
-                        f"{path}: {name} is of npy version {version}; allowed are 1.0 and 2.0."
-                    )
-                shape, _, dtype = read(member)
-                return shape, dtype
+        def check_length(name: str, shape: Sequence[int]) -> None:
+            if math.prod(shape) > 1_000_000:
+                raise InputError(f"{path}: {name} has shape {tuple(shape)}; allowed is one value for every image.")
 
-        def load(name: str) -> np.ndarray | None:
-            if name not in names:
-                return None
-            shape, dtype = header(name)
-            if name == "stack":
-                _check_shape(path, shape, dtype, ndim)
-            elif math.prod(shape) > 1_000_000:
-                raise InputError(
-                    f"{path}: {name} has shape {tuple(shape)}; allowed is one value for every image."
-                )
-            with archive.open(f"{name}.npy") as member:
-                return np.lib.format.read_array(member, allow_pickle=False)
+        def get(name: str) -> np.ndarray | None:
+            return read_array(path, archive, name, lambda shape, _: check_length(name, shape)) if name in names else None
 
-        stack = load("stack")
-        assert stack is not None
-        return _content(path, stack, load)
+        return _content(path, read_array(path, archive, "stack", lambda shape, dtype: _check_shape(path, shape, dtype, ndim)), get)
 
 
 def _read_hdf5(path: Path, ndim: int = 3) -> _Content:
     import h5py
 
-    with _naming(path, OSError, KeyError, RuntimeError, ValueError), h5py.File(path, "r") as file:
+    with naming(path, OSError, KeyError, RuntimeError, ValueError), h5py.File(path, "r") as file:
         stack = file.get("stack")
         if not isinstance(stack, h5py.Dataset):
             raise _missing_stack(path, list(file))
         _check_shape(path, stack.shape, stack.dtype, ndim)
+        _check_stored(path, file)
 
         def get(name: str) -> Any:
             value = file.get(name)
@@ -350,11 +294,29 @@ def _read_hdf5(path: Path, ndim: int = 3) -> _Content:
         return _content(path, stack[()], get)
 
 
+def _check_stored(path: Path, file) -> None:
+    """Refuse an HDF5 file whose stack lies elsewhere, or was never written: HDF5 would read other files, or make up zeros for all that is declared."""
+    import h5py
+
+    stack, links = file["stack"], [file.get(name, getlink=True) for name in ("stack", "defocus_A", "pixel_size_A", "dose_e_per_A2") if name in file]
+    if any(isinstance(link, h5py.ExternalLink) for link in links) or stack.is_virtual or stack.external:
+        raise InputError(f"{path}: its arrays lie in other files, which are not read. Save it as one file.")
+    chunks = math.prod(-(-n // m) for n, m in zip(stack.shape, stack.chunks, strict=True)) if stack.chunks else 1
+    if stack.id.get_storage_size() == 0 or (stack.chunks and stack.id.get_num_chunks() != chunks):
+        raise InputError(f"{path}: the stack declares {stack.shape} {stack.dtype}, but not all of it was written. Save it again.")
+
+
 def _read_netcdf(path: Path, ndim: int = 3) -> _Content:
+    import h5py
     import xarray
 
-    with _naming(path, OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError):
+    with naming(path, OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError):
         classic = _starts_with(path, b"CDF")
+        if not classic:
+            with h5py.File(path, "r") as file:
+                if isinstance(file.get("stack"), h5py.Dataset):
+                    _check_shape(path, file["stack"].shape, file["stack"].dtype, ndim)
+                    _check_stored(path, file)
         with xarray.open_dataset(
             path, engine="scipy" if classic else "h5netcdf", decode_times=False
         ) as data:
@@ -392,7 +354,7 @@ def _read_tiff(path: Path, ndim: int = 3) -> _Content:
         struct.error,
         zlib.error,
     )
-    with _naming(path, *faults), tifffile.TiffFile(path) as file:
+    with naming(path, *faults), tifffile.TiffFile(path) as file:
         if len(file.series) != 1:
             raise InputError(
                 f"{path}: holds {len(file.series)} series of images; allowed is one in which all images have the "
@@ -443,7 +405,7 @@ def _read_rosettasciio(path: Path, ndim: int = 3) -> _Content:
             f"{path}: no reader knows the format {path.suffix!r}. Allowed are .npz, .nc, .h5, .hdf5, .tif and what "
             "RosettaSciIO reads."
         )
-    if path.stat().st_size > _memory_bytes():
+    if path.stat().st_size > memory_bytes():
         raise InputError(
             f"{path}: {path.stat().st_size / 2**30:.1f} GiB do not fit into memory. Crop or bin the images."
         )
@@ -469,7 +431,7 @@ def _signals_of_rosettasciio(path: Path, plugin: Mapping[str, Any]) -> list[dict
     """All data sets of a file; its readers meet damage with whatever their next line raises."""
     faults = (OSError, EOFError, LookupError, TypeError, AttributeError, AssertionError)
     faults += (ValueError, RuntimeError, struct.error, zlib.error)
-    with _naming(path, *faults):
+    with naming(path, *faults):
         try:
             reader = importlib.import_module(plugin["api"])
         except ImportError as error:
@@ -609,67 +571,6 @@ def _check_not_negative(path: Path, values: np.ndarray, config: Config) -> None:
 # Writing -------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Temporary path beside `path` to write to; renamed to `path` on success, removed on failure.
-
-    Raises
-    ------
-    InputError
-        The folder does not exist, or `path` is a folder.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise InputError(
-            f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first."
-        )
-    if path.is_dir():
-        raise InputError(f"cannot write {str(path)!r}: it is a folder. Give a file name.")
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Temporary folder beside `path` to fill; moved into place once whole, removed on failure.
-
-    Files of an existing folder stay, except those of the same name, which are replaced.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(
-            f"cannot write into {str(path)!r}: it is a file. Give the name of a folder."
-        )
-    if not path.parent.is_dir():
-        raise InputError(
-            f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first."
-        )
-    path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        temporary.mkdir()
-    except OSError as error:
-        raise InputError(
-            f"cannot write beside {str(path)!r}: {error.strerror}. Give another folder."
-        ) from None
-    try:
-        yield temporary
-        if path.exists():
-            for file in temporary.iterdir():
-                os.replace(file, path / file.name)
-        else:
-            os.replace(temporary, path)
-    finally:
-        if temporary.exists():
-            import shutil
-
-            shutil.rmtree(temporary)
-
-
 STACK_SUFFIXES = (".npz", ".nc", ".h5", ".hdf5", ".tif", ".tiff")
 
 
@@ -697,9 +598,9 @@ def write_stack(path: str | Path, stack: Stack) -> None:
     }
     if "dose_e_per_A2" in stack.metadata:
         entries["dose_e_per_A2"] = np.asarray(stack.metadata["dose_e_per_A2"], float)
-    with atomic_write(path) as temporary:
+    with atomic_write(path, 0 if suffix == ".npz" else data.nbytes + HDF5_OVERHEAD) as temporary:
         if suffix == ".npz":
-            np.savez_compressed(temporary, allow_pickle=False, stack=data, **entries)
+            np.savez_compressed(temporary, stack=data, **entries)
         elif suffix == ".nc":
             _write_netcdf(temporary, data, entries)
         elif suffix in (".h5", ".hdf5"):

@@ -16,10 +16,10 @@ from scipy.spatial import cKDTree
 
 from . import plotting
 from .inference.gaussian_peak import disc_radius
-from .io import atomic_write
 from .reconstruction.columns import central_average
 from .reconstruction.counting import expected_confusion
 from .reconstruction.drift import shift_images
+from .storage import atomic_write
 
 
 def write_report(path, result) -> None:

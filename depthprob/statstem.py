@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import InputError
-from .io import atomic_write
+from .storage import atomic_write
 from .reconstruction.counting import Components, Mixture
 
 STRUCTS = ("input", "output", "atomcounting", "libcounting")

@@ -3,6 +3,7 @@
 import builtins
 import io as python_io
 import json
+import resource
 import struct
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from depthprob import io
+from depthprob import io, storage
 from depthprob.config import config_from_dict
 from depthprob.errors import InputError
 
@@ -204,6 +205,54 @@ def test_a_header_that_asks_for_more_than_the_memory_is_refused_before_allocatio
     assert "memory" in fault(tmp_path / "stack.npz")
 
 
+def hdf5(path, build):
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        build(file)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".nc"])
+@pytest.mark.parametrize(("chunks", "written"), [(None, 0), ((1, 5, 4), 0), ((1, 5, 4), 2)])
+def test_an_hdf5_stack_that_was_not_all_written_is_refused(tmp_path, counts, suffix, chunks, written):
+    def build(file):
+        stack = file.create_dataset("stack", SHAPE, "u2", chunks=chunks)
+        for k in range(written):
+            stack[k] = counts[k]
+
+    assert "not all of it was written" in fault(hdf5(tmp_path / f"stack{suffix}", build))
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".nc"])
+def test_an_hdf5_stack_reads_no_other_file(tmp_path, counts, suffix):
+    import h5py
+
+    np.ones(SHAPE, "u2").tofile(tmp_path / "secret.bin")
+    other = hdf5(tmp_path / "other.h5", lambda file: file.create_dataset("stack", data=counts))
+    layout = h5py.VirtualLayout(SHAPE, "f8")
+    layout[:] = h5py.VirtualSource(str(other), "stack", SHAPE)
+    for name, build in {
+        "external": lambda file: file.create_dataset("stack", SHAPE, "u2", external=[(str(tmp_path / "secret.bin"), 0, 120)]),
+        "virtual": lambda file: file.create_virtual_dataset("stack", layout),
+        "link": lambda file: file.__setitem__("stack", h5py.ExternalLink(str(other), "stack")),
+    }.items():
+        assert "other files" in fault(hdf5(tmp_path / f"{name}{suffix}", build))
+
+
+@pytest.mark.parametrize("suffix", STACK_FORMATS)
+def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, suffix):
+    noise = np.random.default_rng(0).poisson(500, (3, 100, 100))
+    own = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, own[1]))
+        with pytest.raises(InputError, match=r"file too large\. Make room"):
+            io.write_stack(tmp_path / f"stack{suffix}", io.Stack(noise, FOCI, 0.2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, own)
+    assert not list(tmp_path.iterdir())
+
+
 def test_colour_and_mixed_tiffs_are_refused(tmp_path):
     import tifffile
 
@@ -337,7 +386,7 @@ def test_real_files_of_other_kinds_are_understood_and_refused(name, words):
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(ZeroDivisionError), io.atomic_write(tmp_path / "a.txt") as temporary:
+    with pytest.raises(ZeroDivisionError), storage.atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("new")
         1 / 0  # noqa: B018
     assert (tmp_path / "a.txt").read_text() == "old"
@@ -345,7 +394,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), io.atomic_folder(tmp_path / "out") as temporary:
+    with pytest.raises(ZeroDivisionError), storage.atomic_folder(tmp_path / "out") as temporary:
         (temporary / "columns.csv").write_text("half")
         1 / 0  # noqa: B018
     assert not list(tmp_path.iterdir())
@@ -355,7 +404,7 @@ def test_a_folder_in_use_keeps_its_other_files(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     (tmp_path / "out" / "columns.csv").write_text("old")
-    with io.atomic_folder(tmp_path / "out") as temporary:
+    with storage.atomic_folder(tmp_path / "out") as temporary:
         (temporary / "columns.csv").write_text("new")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "out" / "columns.csv").read_text() == "new"

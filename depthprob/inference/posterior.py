@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..physics.focal_series import expected_counts
+from ..storage import HDF5_OVERHEAD, atomic_write
 from . import local
 from .arrow import ArrowFactor
 from .likelihood import GLOBAL, PER_COLUMN, SMOOTH, Estimate, Problem, field_of, from_vector, image_log_likelihoods, maximum, to_vector
@@ -186,4 +187,5 @@ def _count_terms(problem: Problem) -> np.ndarray:
 
 def write_netcdf(tree, path) -> None:
     """netCDF that `az.from_netcdf` of 0.2x and 1.x reads."""
-    tree.to_netcdf(str(path), engine="h5netcdf")
+    with atomic_write(path, sum(group.nbytes for group in tree.values()) + HDF5_OVERHEAD) as temporary:
+        tree.to_netcdf(str(temporary), engine="h5netcdf")

@@ -4,8 +4,6 @@ Everything compiled takes the problem as an argument, so that one compilation se
 """
 
 import hashlib
-import os
-import zipfile
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,6 +16,7 @@ import numpyro
 from jaxtyping import Array, Float
 from numpyro.infer.hmc import hmc
 
+from ..storage import load_checkpoint, save_checkpoint
 from .likelihood import Problem, from_vector, log_posterior
 
 BLOCK = 10  # draws between two looks at the progress and two states written
@@ -120,27 +119,21 @@ def _digest(tree, words: str) -> str:
 
 
 def _write_checkpoint(path: Path, digest: str, records: list, state) -> None:
-    """Whole or not at all; the zip's own CRC guards every array."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp.npz")
     draws = {f"record_{i}": np.concatenate(parts) for i, parts in enumerate(zip(*records, strict=True))}
     leaves = {f"state_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    np.savez(temporary, digest=digest, **draws, **leaves)
-    os.replace(temporary, path)
+    save_checkpoint(path, digest=digest, **draws, **leaves)
 
 
 def _read_checkpoint(path: Path, digest: str, like) -> tuple[list, object]:
     """Records block by block and the state after the last; none where there is no file of this run."""
-    leaves, structure = jax.tree.flatten(like)
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            if str(saved["digest"]) != digest:
-                return [], None
-            records = [saved[f"record_{i}"] for i in range(1 + len(FIELDS))]
-            state = [saved[f"state_{i}"] for i in range(len(leaves))]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    saved = load_checkpoint(path)
+    if str(saved.get("digest")) != digest:
         return [], None
+    leaves, structure = jax.tree.flatten(like)
+    records = [saved[f"record_{i}"] for i in range(1 + len(FIELDS))]
     count = len(records[0]) // BLOCK
-    return [list(parts) for parts in zip(*(np.split(r, count) for r in records), strict=True)], structure.unflatten([jnp.asarray(s) for s in state])
+    state = structure.unflatten([jnp.asarray(saved[f"state_{i}"]) for i in range(len(leaves))])
+    return [list(parts) for parts in zip(*(np.split(r, count) for r in records), strict=True)], state
 
 
 # The best normal -------------------------------------------------------------------------------------------------------------

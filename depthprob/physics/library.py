@@ -6,7 +6,6 @@ laterally, so one set of some fifteen images serves all atom numbers and all dep
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from scipy.special import j0
 from scipy.stats import norm, qmc
 
 from ..errors import InputError
+from ..storage import load_arrays, load_checkpoint, save_arrays, save_checkpoint
 from .detector import AnnularDetector
 from .electron import wavelength
 from .gram import (
@@ -497,10 +497,9 @@ def build_gram(
     sums = np.zeros((scramblings, column.n_atoms, *size), np.complex128)
     settings = repr((column, energy, convergence_angle, detector.record, configurations, corrections, seed, parametrization, sampling, reach, cell))
     done = 0
-    if checkpoint and Path(checkpoint).exists():
-        with np.load(checkpoint, allow_pickle=False) as saved:
-            if "settings" in saved and str(saved["settings"]) == settings and saved["sums"].shape == sums.shape:
-                sums, done = saved["sums"].copy(), int(saved["done"])
+    saved = load_checkpoint(checkpoint)
+    if str(saved.get("settings")) == settings:
+        sums, done = saved["sums"], int(saved["done"])
     draws = [thermal_draws(column.n_atoms, column.debye_waller_b, configurations, seed * 1000 + i) for i in range(scramblings)]
     # scramblings take turns, so that what is done when interrupted is balanced
     order = [(s, c) for c in range(configurations) for s in range(scramblings)]
@@ -516,7 +515,7 @@ def build_gram(
         if c < corrections:
             sums[s] += (np.asarray(one(u, accurate)) - blocks) / corrections
         if checkpoint and (i % 8 == 7 or i + 1 == len(order)):
-            _atomic_npz(checkpoint, sums=sums, done=i + 1, settings=settings)
+            save_checkpoint(checkpoint, sums=sums, done=i + 1, settings=settings)
     if is_whole and detector.is_round:
         sums = mirrored(sums, modes, column.tilt)
     return ColumnGram.of(sums, column, energy, aperture, detector, reach, configurations, parametrization)
@@ -547,20 +546,14 @@ def load_gram(path: str | Path) -> ColumnGram:
     return _load(path, ColumnGram)
 
 
-def _atomic_npz(path: str | Path, **arrays) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
-    np.savez_compressed(temporary, **arrays)
-    os.replace(temporary, path)
-
-
 def _save(path, module) -> None:
-    _atomic_npz(path, **{f.name: np.asarray(getattr(module, f.name)) for f in dataclasses.fields(module)})
+    save_arrays(path, **{f.name: np.asarray(getattr(module, f.name)) for f in dataclasses.fields(module)})
 
 
 def _load(path, cls):
-    with np.load(path, allow_pickle=False) as saved:
-        values = {f: saved[f.name] for f in dataclasses.fields(cls) if f.name in saved or (f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)}
+    saved = load_arrays(path)
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in saved]
+    if missing:
+        raise InputError(f"{str(path)!r} holds {sorted(saved)}, but no {', '.join(missing)}: it is no {cls.__name__}, or one of another version. Build it again.")
     static = lambda v: tuple(v.tolist()) if v.ndim else v.item()
-    return cls(**{f.name: static(v) if f.metadata.get("static") else v for f, v in values.items()})
+    return cls(**{f.name: static(saved[f.name]) if f.metadata.get("static") else saved[f.name] for f in dataclasses.fields(cls) if f.name in saved})

@@ -7,7 +7,6 @@ on one core while the Hermitian product costs half. `multislice.exit_waves` is t
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from scipy.linalg.blas import cherk
 from scipy.stats import norm, qmc
 
 from ..errors import InputError
+from ..storage import load_checkpoint, save_checkpoint
 from .detector import AnnularDetector
 from .electron import wavelength
 from .multislice import transmission
@@ -271,15 +271,14 @@ def simulate_particle(
         f"{float(n):.10g}" for n in numbers
     )
     total, done, waves = None, 0, None
-    if checkpoint and Path(checkpoint).exists():
-        with np.load(checkpoint, allow_pickle=False) as saved:
-            total, done, waves = saved["total"].copy(), int(saved["done"]), saved["waves"]
-            theirs = str(saved.get("settings", "unknown"))
-            if theirs != settings:
-                raise InputError(
-                    f"The checkpoint {checkpoint} was made with other settings ({theirs}) than those asked for ({settings}). "
-                    "Delete it to start afresh, or give another checkpoint."
-                )
+    if saved := load_checkpoint(checkpoint):
+        theirs = str(saved.get("settings", "unknown"))
+        if theirs != settings:
+            raise InputError(
+                f"The checkpoint {checkpoint} was made with other settings ({theirs}) than those asked for ({settings}). "
+                "Delete it to start afresh, or give another checkpoint."
+            )
+        total, done, waves = saved["total"], int(saved["done"]), saved["waves"]
     configurations = max(configurations, done)
     halves = [
         thermal_displacements(atoms, b, (configurations + 1 - h) // 2, 2 * seed + h)
@@ -302,8 +301,6 @@ def simulate_particle(
         total = np.zeros((2, *gram.shape), np.complex128) if total is None else total
         total[i % 2] += gram
         if checkpoint:
-            temporary = Path(f"{checkpoint}.{os.getpid()}.tmp.npz")
-            np.savez(temporary, total=total, done=i + 1, waves=waves, settings=settings)
-            os.replace(temporary, checkpoint)
+            save_checkpoint(checkpoint, total=total, done=i + 1, waves=waves, settings=settings)
     counts = np.array([(configurations + 1) // 2, configurations // 2])
     return total / np.maximum(counts, 1)[:, None, None], waves

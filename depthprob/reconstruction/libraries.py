@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -109,12 +110,13 @@ def gram_of(
     # one pass gives all atom numbers, so a few lengths serve everyone
     longest = next((n for n in LENGTHS if n >= column.n_atoms), column.n_atoms) if is_round else column.n_atoms
     per_scrambling = max(1, configurations // scramblings)
-    wanted |= {"angle": angle, "n_max": longest, "format": FORMAT}
+    settings = wanted | {"angle": angle, "n_max": longest, "format": FORMAT}
     if not is_round:
-        wanted |= {"scramblings": scramblings, "configurations": per_scrambling, "seed": seed, "sampling": sampling}
-    path = cache_folder() / f"gram_{_checksum(json.dumps(wanted, sort_keys=True).encode())}.npz"
-    if path.exists():
-        return load_gram(path).first(column.n_atoms)
+        settings |= {"scramblings": scramblings, "configurations": per_scrambling, "seed": seed, "sampling": sampling}
+    path = cache_folder() / f"gram_{_checksum(json.dumps(settings, sort_keys=True).encode())}.npz"
+    gram = _cached(path, load_gram)
+    if gram is not None and _serves(gram, wanted, angle, column.n_atoms):
+        return gram.first(column.n_atoms)
     if is_round:
         gram = thermal_gram(dataclasses.replace(column, n_atoms=longest), energy, angle, detector, parametrization, progress)
         save_gram(path, gram)
@@ -130,6 +132,15 @@ def _serves(gram: ColumnGram, wanted: dict, angle: float, n_max: int) -> bool:
     own_angle = gram.aperture * float(wavelength(gram.energy)) * 1e3
     same = (np.isclose(getattr(gram, k), v) if isinstance(v, float) else getattr(gram, k) == v for k, v in wanted.items())
     return all(same) and gram.n_max >= n_max and own_angle >= angle * (1 - 1e-6)
+
+
+def _cached(path: Path, load: Callable):
+    """What a file of the cache holds; None where there is none, or one that is damaged or of another version."""
+    try:
+        return load(path) if path.exists() else None
+    except InputError as fault:
+        warnings.warn(f"{fault} It is built anew.", stacklevel=2)
+        return None
 
 
 def _checksum(data: bytes) -> str:
@@ -151,8 +162,9 @@ def _library_of(gram: ColumnGram, microscope: Microscope, z_range: tuple[float, 
         with resources.as_file(packaged) as path:
             return ColumnLibrary.load(path)
     path = cache_folder() / name
-    if path.exists():
-        return ColumnLibrary.load(path)
+    library = _cached(path, ColumnLibrary.load)
+    if library is not None and (library.element, library.n_max) == (gram.element, gram.n_max) and np.isclose(library.spacing, gram.spacing):
+        return library
     library = library_from_gram(gram, microscope, z_range)
     library.save(path)
     return library

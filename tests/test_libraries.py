@@ -1,0 +1,98 @@
+"""The cache of libraries: what lies there is checked before it is believed."""
+
+import dataclasses
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from depthprob import storage
+from depthprob.errors import InputError
+from depthprob.physics.detector import AnnularDetector
+from depthprob.physics.library import ColumnLibrary, load_gram, save_gram
+from depthprob.physics.optics import Microscope
+from depthprob.physics.specimen import Column
+from depthprob.reconstruction import libraries
+
+COLUMN, MICROSCOPE, DETECTOR = Column("Au", 3, 4.08, 0.7), Microscope(300e3, 21.0, source_fwhm=0.7), AnnularDetector(48.0, 180.0)
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """The builds of a session with an empty cache; a build takes no time and gives the packaged gold, said to be of another B."""
+    with resources.as_file(resources.files("depthprob.data") / "gram_Au_001.npz") as path:
+        packaged = load_gram(path).first(3)
+    builds = []
+
+    def thermal_gram(column, *_):
+        builds.append(column)
+        return dataclasses.replace(packaged, debye_waller_b=column.debye_waller_b)
+
+    monkeypatch.setenv("DEPTHPROB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(libraries, "thermal_gram", thermal_gram)
+    return builds
+
+
+def library():
+    return libraries.build_library(COLUMN, MICROSCOPE, DETECTOR, z_range=(-20.0, 20.0))
+
+
+def same(a, b):
+    return all(np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+
+
+def cached(kind):
+    (path,) = libraries.cache_folder().glob(f"{kind}_*.npz")
+    return path
+
+
+def test_a_second_library_comes_from_the_cache(built):
+    assert same(library(), library()) and len(built) == 1
+
+
+@pytest.mark.parametrize("kind", ["gram", "library"])
+@pytest.mark.parametrize("harm", ["truncated", "altered", "empty", "other version"])
+def test_a_damaged_file_of_the_cache_is_built_anew(built, kind, harm):
+    whole, path = library(), cached(kind)
+    good = path.read_bytes()
+    if harm == "other version":  # without an array that this version needs
+        arrays = storage.load_arrays(path)
+        arrays.pop("element")
+        storage.save_arrays(path, **arrays)
+    else:
+        middle = len(good) // 2
+        path.write_bytes({"truncated": good[:middle], "altered": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :], "empty": b""}[harm])
+    with pytest.warns(UserWarning, match=f"{path.name}.* built anew"):
+        again = library()
+    assert same(again, whole) and len(built) == (2 if kind == "gram" else 1)
+    assert {k: v.tobytes() for k, v in storage.load_arrays(path).items()}.keys() == storage.load_arrays(cached(kind)).keys()
+    assert same(library(), whole) and len(built) == (2 if kind == "gram" else 1)  # and no warning more
+
+
+def test_another_columns_file_under_this_name_is_not_believed(built):
+    whole = library()
+    save_gram(cached("gram"), dataclasses.replace(load_gram(cached("gram")), debye_waller_b=0.1))
+    assert same(library(), whole) and len(built) == 2
+
+
+def test_a_file_of_another_format_is_another_file(built, monkeypatch):
+    library()
+    monkeypatch.setattr(libraries, "FORMAT", libraries.FORMAT + 1)
+    library()
+    assert len(built) == 2 and len(list(libraries.cache_folder().iterdir())) == 4
+
+
+def test_a_cache_that_cannot_be_made_is_named(built, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DEPTHPROB_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match=r"cannot write .*file/cache.*not a directory"):
+        library()
+
+
+@pytest.mark.parametrize("rubbish", [b"", b"PK\x05\x06" + bytes(18), b"rubbish" * 100])
+def test_a_library_that_is_none_is_an_input_error(tmp_path, rubbish):
+    (tmp_path / "library.npz").write_bytes(rubbish)
+    with pytest.raises(InputError):
+        ColumnLibrary.load(tmp_path / "library.npz")
+    with pytest.raises(InputError):
+        ColumnLibrary.load(tmp_path / "none.npz")
