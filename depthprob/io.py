@@ -310,7 +310,7 @@ def _read_netcdf(path: Path, ndim: int = 3) -> _Content:
     import h5py
     import xarray
 
-    with naming(path, OSError, KeyError, RuntimeError, ValueError, TypeError, EOFError):
+    with naming(path, IndexError, TypeError, *DAMAGE):
         classic = _starts_with(path, b"CDF")
         if not classic:
             with h5py.File(path, "r") as file:
@@ -344,16 +344,7 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 def _read_tiff(path: Path, ndim: int = 3) -> _Content:
     import tifffile
 
-    faults = (
-        tifffile.TiffFileError,
-        ValueError,
-        OSError,
-        IndexError,
-        KeyError,
-        EOFError,
-        struct.error,
-        zlib.error,
-    )
+    faults = (tifffile.TiffFileError, IndexError, TypeError, AttributeError, ArithmeticError, *DAMAGE)  # what it meets with on damaged tags
     with naming(path, *faults), tifffile.TiffFile(path) as file:
         if len(file.series) != 1:
             raise InputError(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 # what a disk or a folder says no with; any other OSError while writing is a fault of ours
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)
@@ -130,7 +130,7 @@ def naming(path: Path, *faults: type[Exception]) -> Iterator[None]:
     except InputError:
         raise
     except faults as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(str(error)) or type(error).__name__
         raise InputError(
             f"cannot read {str(path)!r}: {reason}. The file is truncated, corrupt or of another format than its "
             "name says; copy or export it again."
