@@ -607,7 +607,7 @@ def read_table(path: Path, key: str, needed: Iterable[str], numbers: Iterable[st
     if path.suffix.lower() == ".toml":
         try:
             columns = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits and brackets in thousands are no TOMLDecodeError
             raise InputError(f"{path} is no valid TOML: {error}.") from None
         for name, values in columns.items():
             if not isinstance(values, list):
@@ -693,7 +693,7 @@ def read_config(path: str | Path) -> Config:
         raise InputError(f"cannot read config {str(path)!r}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text ({error.reason}). Save it as UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and brackets in thousands are no TOMLDecodeError
         raise InputError(f"{path} is no valid TOML: {error}.") from None
     try:
         return config_from_dict(raw, path.parent)

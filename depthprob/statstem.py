@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .errors import InputError
-from .storage import atomic_write
 from .reconstruction.counting import Components, Mixture
+from .storage import atomic_write
 
 STRUCTS = ("input", "output", "atomcounting", "libcounting")
 RIM = 2.0  # Å; a column this far off the image can still be seen on it

@@ -21,6 +21,9 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 HDF5_OVERHEAD = 2**20  # bytes that a file of a few dozen arrays holds beside their own, generously
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError, NotImplementedError, RuntimeError, struct.error, SyntaxError)
 
+# what parsers of other packages raise on damaged files, in whatever line meets the damage
+PARSER_FAULTS = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error)
+
 
 # Writing -------------------------------------------------------------------------------------------
 
