@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError, one_line
+from .errors import InputError
 
 ELEMENTARY_CHARGE = 1.602176634e-19  # C, exact since 2019
 MAX_IMAGES = 100_000
@@ -45,7 +45,7 @@ Check = Callable[[str, Any], Any]
 
 
 def _fail(name: str, given: Any, allowed: str, mend: str = "") -> InputError:
-    return InputError(f"{name} is {one_line(repr(given))}; allowed is {allowed}." + (f" {mend}" if mend else ""))
+    return InputError(f"{name} is {given!r}; allowed is {allowed}." + (f" {mend}" if mend else ""))
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
@@ -180,7 +180,7 @@ def _aberrations(name: str, value: Any) -> dict[str, float]:
                 "C30_A": "Write microscope.spherical_aberration_mm instead.",
             }
             raise InputError(
-                f"unknown key {one_line(repr(key))} in [{name}]. {special.get(key) or _nearest(key, known)}"
+                f"unknown key {key!r} in [{name}]. {special.get(key) or _nearest(key, known)}"
             )
         read[key] = _number(at_least=0.0 if key.endswith("_A") else None)(f"{name}.{key}", entry)
     for key in read:
@@ -211,7 +211,7 @@ def _prior_sd(name: str, value: Any) -> dict[str, float]:
         raise _fail(name, value, f"a table [{name}] of standard deviations")
     for key in value:
         if key not in PRIORS:
-            raise InputError(f"unknown key {one_line(repr(key))} in [{name}]. {_nearest(key, PRIORS)}")
+            raise InputError(f"unknown key {key!r} in [{name}]. {_nearest(key, PRIORS)}")
     return {key: _number(above=0.0)(f"{name}.{key}", entry) for key, entry in value.items()}
 
 
@@ -564,7 +564,7 @@ def _read_section(section: str, raw: Any) -> Any:
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in fields:
-            raise InputError(f"unknown key {one_line(repr(key))} in [{section}]. {_nearest(key, fields)}")
+            raise InputError(f"unknown key {key!r} in [{section}]. {_nearest(key, fields)}")
         values[key] = fields[key].metadata["check"](f"{section}.{key}", value)
     for special, usual in ALTERNATIVES.get(section, ()):
         given = [k for k in special if k in values]
@@ -601,8 +601,8 @@ def read_table(path: Path, key: str, needed: Iterable[str], numbers: Iterable[st
     if path.suffix.lower() == ".toml":
         try:
             columns = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # beside TOMLDecodeError: numbers of thousands of digits, lists thousands deep
-            raise InputError(f"{path} is no valid TOML: {one_line(str(error))}.") from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits and brackets in thousands are no TOMLDecodeError
+            raise InputError(f"{path} is no valid TOML: {error}.") from None
         for name, values in columns.items():
             if not isinstance(values, list):
                 raise _fail(f"{path}: {name}", values, "a list with one entry for every image")
@@ -615,7 +615,7 @@ def read_table(path: Path, key: str, needed: Iterable[str], numbers: Iterable[st
         columns = {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(names)}
     for name in columns:
         if name not in known:
-            raise InputError(f"{path}: unknown column {one_line(repr(name))}. {_nearest(name, known)}")
+            raise InputError(f"{path}: unknown column {name!r}. {_nearest(name, known)}")
     missing = [name for name in needed if not columns.get(name)]
     if missing:
         raise InputError(f"{path} has the columns {list(columns)}; needed is {missing[0]} with a number for every image. Name it in the first row.")
@@ -623,7 +623,7 @@ def read_table(path: Path, key: str, needed: Iterable[str], numbers: Iterable[st
         try:
             columns[name] = [float(value) for value in columns[name]]
         except (TypeError, ValueError):
-            raise InputError(f"{path}: {name} holds {one_line(repr(columns[name]))}; allowed are numbers.") from None
+            raise InputError(f"{path}: {name} holds {columns[name]!r}; allowed are numbers.") from None
     return columns
 
 
@@ -651,7 +651,7 @@ def config_from_dict(raw: Mapping[str, Any], folder: str | Path = ".") -> Config
     """
     for section in raw:
         if section not in SECTIONS:
-            raise InputError(f"unknown section {one_line(repr(section))}. {_nearest(section, SECTIONS)}")
+            raise InputError(f"unknown section {section!r}. {_nearest(section, SECTIONS)}")
     if "focal_series" in raw:
         raw = {**raw, "focal_series": _with_foci_table(raw["focal_series"], Path(folder))}
     sections = {section: _read_section(section, table) for section, table in raw.items()}
@@ -664,7 +664,7 @@ def config_from_dict(raw: Mapping[str, Any], folder: str | Path = ".") -> Config
     }.items():
         if value is not None and not config.resolve(value).is_file():
             raise InputError(
-                f"{name} is {one_line(repr(value))}, but there is no file {one_line(repr(str(config.resolve(value))))}. "
+                f"{name} is {value!r}, but there is no file {str(config.resolve(value))!r}. "
                 "Relative names count from the folder of the config."
             )
     return config
@@ -687,8 +687,8 @@ def read_config(path: str | Path) -> Config:
         raise InputError(f"cannot read config {str(path)!r}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text ({error.reason}). Save it as UTF-8.") from None
-    except (ValueError, RecursionError) as error:  # beside TOMLDecodeError: numbers of thousands of digits, lists thousands deep
-        raise InputError(f"{path} is no valid TOML: {one_line(str(error))}.") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits and brackets in thousands are no TOMLDecodeError
+        raise InputError(f"{path} is no valid TOML: {error}.") from None
     try:
         return config_from_dict(raw, path.parent)
     except InputError as error:

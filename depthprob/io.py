@@ -7,11 +7,10 @@ temporary name in the same folder and rename, so that a file that exists is whol
 import csv
 import importlib
 import json
+import logging
 import math
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from jaxtyping import Real
 
 from .config import Config, read_table
 from .errors import InputError
-from .storage import DAMAGE, HDF5_OVERHEAD, atomic_write, memory_bytes, naming, read_array
+from .storage import DAMAGE, HDF5_OVERHEAD, PARSER_FAULTS, atomic_write, memory_bytes, naming, read_array
 
 COLUMNS = (
     "column",
@@ -49,6 +48,8 @@ LENGTHS_A = {
     "pm": 0.01,
     "m": 1e10,
 }
+SMALLEST_DIRECTORY = 18  # bytes of a TIFF directory with one entry
+MOST_COMPRESSED = 1100  # the best that deflate can do is 1032 to 1
 LENGTHS_A |= {"µm": 1e4, "μm": 1e4, "um": 1e4, "micron": 1e4}
 
 
@@ -278,7 +279,7 @@ def _read_npz(path: Path, ndim: int = 3) -> _Content:
 def _read_hdf5(path: Path, ndim: int = 3) -> _Content:
     import h5py
 
-    with naming(path, OSError, KeyError, RuntimeError, ValueError), h5py.File(path, "r") as file:
+    with naming(path, *PARSER_FAULTS), h5py.File(path, "r") as file:
         stack = file.get("stack")
         if not isinstance(stack, h5py.Dataset):
             raise _missing_stack(path, list(file))
@@ -310,7 +311,7 @@ def _read_netcdf(path: Path, ndim: int = 3) -> _Content:
     import h5py
     import xarray
 
-    with naming(path, IndexError, TypeError, *DAMAGE):
+    with naming(path, *PARSER_FAULTS):
         classic = _starts_with(path, b"CDF")
         if not classic:
             with h5py.File(path, "r") as file:
@@ -344,8 +345,11 @@ def _starts_with(path: Path, magic: bytes) -> bool:
 def _read_tiff(path: Path, ndim: int = 3) -> _Content:
     import tifffile
 
-    faults = (tifffile.TiffFileError, IndexError, TypeError, AttributeError, ArithmeticError, *DAMAGE)  # what it meets with on damaged tags
-    with naming(path, *faults), tifffile.TiffFile(path) as file:
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # its words on damage would stand beside the one message
+    with naming(path, *PARSER_FAULTS), tifffile.TiffFile(path) as file:
+        size = path.stat().st_size
+        if len(file.pages) * SMALLEST_DIRECTORY > size:
+            raise ValueError(f"its list of {len(file.pages)} images does not fit into {size} bytes")
         if len(file.series) != 1:
             raise InputError(
                 f"{path}: holds {len(file.series)} series of images; allowed is one in which all images have the "
@@ -357,16 +361,18 @@ def _read_tiff(path: Path, ndim: int = 3) -> _Content:
                 f"{path}: holds colour images; allowed is one number a pixel. Export in greyscale."
             )
         _check_shape(path, series.shape, np.dtype(series.dtype), ndim)
+        if series.nbytes > MOST_COMPRESSED * size:
+            raise ValueError(f"it declares {series.nbytes} bytes of images and holds {size}")
         needed = max(
             offset + length
             for page in series.pages
             if page is not None
             for offset, length in zip(page.dataoffsets, page.databytecounts, strict=True)
         )
-        if needed > path.stat().st_size:  # tifffile would fill the rest with zeros
+        if needed > size:  # tifffile would fill the rest with zeros
             raise InputError(
                 f"cannot read {str(path)!r}: its images reach to byte {needed}, the file ends at byte "
-                f"{path.stat().st_size}. It is truncated; copy it again."
+                f"{size}. It is truncated; copy it again."
             )
         pixel_size = None
         page = file.pages.first
@@ -420,9 +426,7 @@ def _read_rosettasciio(path: Path, ndim: int = 3) -> _Content:
 
 def _signals_of_rosettasciio(path: Path, plugin: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All data sets of a file; its readers meet damage with whatever their next line raises."""
-    faults = (OSError, EOFError, LookupError, TypeError, AttributeError, AssertionError)
-    faults += (ValueError, RuntimeError, struct.error, zlib.error)
-    with naming(path, *faults):
+    with naming(path, *PARSER_FAULTS):
         try:
             reader = importlib.import_module(plugin["api"])
         except ImportError as error:

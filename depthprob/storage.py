@@ -14,12 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError, one_line
+from .errors import InputError
 
 # what a disk or a folder says no with; any other OSError while writing is a fault of ours
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST)
 HDF5_OVERHEAD = 2**20  # bytes that a file of a few dozen arrays holds beside their own, generously
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError, NotImplementedError, RuntimeError, struct.error, SyntaxError)
+
+# what parsers of other packages raise on damaged files, in whatever line meets the damage
+PARSER_FAULTS = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error)
 
 
 # Writing -------------------------------------------------------------------------------------------
@@ -130,7 +133,7 @@ def naming(path: Path, *faults: type[Exception]) -> Iterator[None]:
     except InputError:
         raise
     except faults as error:
-        reason = one_line(str(error)) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"cannot read {str(path)!r}: {reason}. The file is truncated, corrupt or of another format than its "
             "name says; copy or export it again."
