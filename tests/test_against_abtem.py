@@ -164,6 +164,7 @@ def test_focal_series_agree_within_half_a_per_cent_of_the_peak(case):
     assert abs(ours - binned).max() < 0.01 * peak
 
 
+@pytest.mark.slow
 def test_abtem_alone_converges_to_us():
     """Nothing shared: abtem's own transmission functions, its pixel refined 16-fold. Two displaced gold atoms, on and off axis."""
     cell, foci = (4.0, 4.0), [0.0]

@@ -124,6 +124,7 @@ def test_the_first_columns_of_a_library_keep_their_images(packaged):
     np.testing.assert_array_equal(profiles(packaged.first(5), 5), profiles(packaged, 5))
 
 
+@pytest.mark.slow
 def test_accuracy_settings_do_not_matter():
     # light atoms and a detector that begins near the aperture are the hardest: 0.1 % of the peak
     column, disc = Column("Cu", 2, 2.55, 0.55), incident_disc(COLUMN, ENERGY, APERTURE)
