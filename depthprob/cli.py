@@ -30,12 +30,15 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no closi
 
 @contextlib.contextmanager
 def _input_errors() -> Iterator[None]:
-    """Print what is wrong with the input as one message and leave with status 2."""
+    """Print what is wrong with the input as one message and leave with status 2; of Ctrl-C, with 130."""
     try:
         yield
     except InputError as error:
         typer.echo(f"depthprob: {error}", err=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("depthprob: interrupted; nothing was written, and what can go on from where it stopped does so when run again", err=True)
+        raise typer.Exit(130) from None
 
 
 def _use_double_precision() -> None:

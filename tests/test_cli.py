@@ -1,6 +1,7 @@
 """Bad input: status 2, one message, nothing written."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -168,6 +169,18 @@ def test_the_command_itself_leaves_with_status_2_and_no_traceback(inputs):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_leaves_with_status_130_one_line_and_no_half_result(tmp_path):
+    command = [sys.executable, "-u", "-m", "depthprob.cli", "demo", "-o", str(tmp_path / "out")]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while "depthprob: joint fit" not in (line := running.stdout.readline()):
+        assert line, "it ended before it could be interrupted"
+    running.send_signal(signal.SIGINT)
+    rest, _ = running.communicate(timeout=100)
+    assert running.returncode == 130, rest
+    assert rest.splitlines()[-1].startswith("depthprob: interrupted") and "Traceback" not in rest
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_series_above_the_memory_limit_is_refused(inputs):
