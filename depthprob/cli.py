@@ -94,9 +94,9 @@ def demo(
     """Take the packaged stack through the whole pipeline."""
     with _input_errors(), atomic_folder(output) as folder:
         _use_double_precision()
-        from .reconstruction import pipeline
+        from . import jobs
 
-        pipeline.demo(folder, quiet=quiet)
+        jobs.demo(folder, quiet=quiet)
     _say(f"open {output / 'report.html'}", quiet)
 
 
@@ -117,10 +117,10 @@ def simulate(
         io.check_stack_name(output)
         _check_output_file(output)
         _use_double_precision()
-        from .reconstruction import pipeline
+        from .reconstruction.simulate import simulate as simulated
 
         checkpoint = output.with_name(f".{output.name}.partial.npz")
-        io.write_stack(output, pipeline.simulate(settings, noise, quiet, checkpoint))
+        io.write_stack(output, simulated(settings, noise, quiet, checkpoint))
         checkpoint.unlink(missing_ok=True)
     _say(f"wrote {output}", quiet)
 
@@ -140,9 +140,11 @@ def library(
             raise InputError(f"cannot write a library {str(output)!r}: the allowed ending is .npz.")
         _check_output_file(output)
         _use_double_precision()
-        from .reconstruction.pipeline import write_library
+        from .reconstruction.libraries import library_for
+        from .reconstruction.pipeline import progress_bar
 
-        write_library(settings, output, quiet=quiet)
+        atoms = settings.inference.max_atoms or settings.specimen.n_atoms
+        library_for(settings, atoms, progress_bar(quiet)).save(output)
     _say(f"wrote {output}", quiet)
 
 
@@ -225,9 +227,9 @@ def reconstruct(
         checkpoint = output.with_name(f".{output.name}.partial.npz")
         with atomic_folder(output) as folder:
             _use_double_precision()
-            from .reconstruction import pipeline
+            from . import jobs
 
-            pipeline.run(
+            jobs.run(
                 stack,
                 settings,
                 folder,

@@ -12,7 +12,7 @@ from depthprob.inference import local
 from depthprob.inference.held import Asked, asked
 from depthprob.inference.likelihood import make_problem, maximum
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
-from depthprob.reconstruction.pipeline import doubts
+from depthprob.reconstruction.quality import doubts_of_settings
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
@@ -87,7 +87,7 @@ def test_the_warning_names_what_is_given_and_what_is_asked_strongest_first():
         "spherical_aberration": Asked(1e3, 1e3, moves * 10),  # uncertain
         "focal_variance": Asked(-90.0, 1.0, moves),  # not possible
     }
-    (warning,) = doubts(tested, Config(), 0.5)
+    (warning,) = doubts_of_settings(tested, Config(), 0.5)
     assert warning.startswith("The residuals ask for focus steps 0.970 ± 0.001 times those given (30 standard deviations; depths would move by up to 0.6 Å); or")
     assert warning.endswith("for a convergence angle of 20.80 ± 0.02 mrad where 21 is given.")
-    assert doubts({"focal_variance": Asked(0.0, np.inf, np.zeros(2))}, Config(), 0.5) == []
+    assert doubts_of_settings({"focal_variance": Asked(0.0, np.inf, np.zeros(2))}, Config(), 0.5) == []

@@ -6,7 +6,7 @@ import pytest
 
 from depthprob.config import config_from_dict
 from depthprob.errors import InputError
-from depthprob.reconstruction.pipeline import simulate
+from depthprob.reconstruction.simulate import simulate
 
 SERIES = {"defocus_A": [-40.0, 0.0, 30.0], "pixel_size_A": 0.25, "dose_e_per_A2": 1e6, "field_of_view_A": 4.0}
 PLACES = np.array([[1.0, 2.0, 0.0], [3.0, 2.5, 0.0], [1.0, 2.0, 2.5], [3.0, 2.5, 1.25]])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..config import read_config
 from ..physics.gram import default_sampling
 from ..physics.particle import images_from_gram, simulate_particle
-from ..reconstruction.pipeline import detector_of, microscope_of
+from ..reconstruction.libraries import detector_of, microscope_of
 
 LATTICE = 4.08
 CELL = 4.5 * LATTICE

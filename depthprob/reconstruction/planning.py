@@ -23,7 +23,7 @@ from ..inference.design import (
     with_kept,
 )
 from .libraries import column_geometry, microscope_of
-from .pipeline import columns_of_structure
+from .simulate import columns_of_structure
 
 Z_STEP = 8.0  # Å; half of it changes the bound by less than 0.1 %
 RING = 15.0  # mrad; a detector edge within a ring takes its share

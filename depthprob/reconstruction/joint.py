@@ -1,0 +1,120 @@
+"""Atom counts and the joint fit of a field, in turn until they agree, and the depths that come of it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import Config
+from ..inference import likelihood, local
+from ..inference.counts import marginal_draws, mean_square_shift
+from ..inference.likelihood import Amplitudes, Estimate, Problem, field_of, make_problem
+from ..inference.posterior import LARGE, Posterior
+from ..physics.focal_series import Field, FocalSeries
+from ..physics.library import ColumnLibrary
+from .counting import Counts, count_by_library
+from .libraries import read_variance_of
+
+ROUNDS = 5  # of counting and fitting
+LIBRARY_ERROR = 0.015  # relative, of cross-sections: what superposition and thermal model leave
+SCALE_SD = 0.05  # of a factor common to all cross-sections
+NINETY = 1.6449  # standard deviations that hold 90 % of a normal distribution
+PRIOR_OF = {  # parameters behind the config's words
+    "depth_A": ("depth",), "position_A": ("x", "y"), "gain": ("log_gain",), "background": ("log_background",), "image_shift_A": ("shift_x", "shift_y"),
+    "focus_offset_A": ("focus_offset",), "focus_step": ("focus_step",), "source_variance_A2": ("source_variance",),
+}  # fmt: skip
+
+
+class JointFit(NamedTuple):
+    """A field fitted with the atom counts that its own intensities ask for.
+
+    Attributes
+    ----------
+    problem, estimate
+    counts : Counts
+        With the probability of every number of atoms.
+    amplitudes : Amplitudes
+        Factors on the columns' signals that are left.
+    settled : bool
+        Whether counts and fit agree.
+    """
+
+    problem: Problem
+    estimate: Estimate
+    counts: Counts
+    amplitudes: Amplitudes
+    settled: bool
+
+    @property
+    def reader(self):
+        """The module that evaluates this field's likelihood: `local` window by window, or `likelihood` whole."""
+        return local if self.problem.draw is None else likelihood
+
+
+class Depths(NamedTuple):
+    """Of each column (C,) [Å]: mean, standard deviation, and the ends of the 90 % interval."""
+
+    mean: np.ndarray
+    sd: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def fit_jointly(
+    stack: np.ndarray, field: Field, library: ColumnLibrary, series: FocalSeries, mask: np.ndarray, config: Config, progress: Callable = lambda items, **_: items
+) -> JointFit:
+    """Fit a stack (F, ny, nx) [e/pixel] from a starting field, its atom counts mended by the amplitudes that the fit asks for.
+
+    A free focus offset and a common shift of all depths are one thing: the offset is held here.
+    """
+    free = tuple(name for name in config.inference.free if name != "focus_offset") + ("smooth_background",) * (config.inference.background == "smooth")
+    large = len(field.n_atoms) > LARGE
+    fit = local if large else likelihood
+    prior_sd = {name: sd for word, sd in config.inference.prior_sd.items() for name in PRIOR_OF[word]}
+    pose = lambda field, centre=None: make_problem(stack, field, library, series, free, mask, read_variance_of(config), not large, prior_sd, centre)
+    dispersed = config.inference.noise == "over_dispersed"
+    centre, mode, amplitudes, settled = pose(field).centre, None, None, False
+    for _ in range(ROUNDS):
+        problem = pose(field, centre)
+        mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
+        amplitudes = fit.column_amplitudes(mode.parameters, problem, amplitudes)
+        noisier = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)).dispersion ** 0.5 if dispersed else 1.0
+        n = np.asarray(problem.n_atoms)
+        # a gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts
+        cross = library.cross_section[n - 1] * np.exp(np.asarray(mode.parameters["log_gain"]).mean())
+        counts = count_by_library(amplitudes.value * cross, np.hypot(amplitudes.sd * noisier, LIBRARY_ERROR) * cross, library.cross_section, scale_sd=SCALE_SD)
+        settled = np.array_equal(counts.n, n)
+        if settled:
+            break
+        field = field_of(mode.parameters, jnp.asarray(counts.n))
+    problem = pose(field_of(mode.parameters, problem.n_atoms), centre)
+    if dispersed:
+        problem, mode = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)), None
+    mode = fit.find_mode(problem, progress, before=mode)
+    return JointFit(problem, fit.estimate_at(mode, problem, progress), counts, amplitudes, settled)
+
+
+def column_depths(posterior: Posterior, joint: JointFit, count_shifts: np.ndarray, seed: int, relative: bool = False) -> Depths:
+    """Depths with the error bars of fit, library and uncertain counts together.
+
+    Parameters
+    ----------
+    count_shifts : (n_max, changes)
+        What a wrong count does to a depth, from `counts.depth_shifts`.
+    relative : bool
+        Depths less their mean.
+    """
+    problem, n = joint.problem, np.asarray(joint.problem.n_atoms)
+    library_sd = np.nan_to_num(problem.library.depth_error[n - 1])
+    if posterior.draws is None:
+        mean = np.asarray(joint.estimate.parameters["depth"])
+        sd = np.sqrt(joint.reader.depth_sd(joint.estimate, problem, relative) ** 2 + library_sd**2 + mean_square_shift(n, joint.counts.probability, count_shifts))
+        mean = mean - mean.mean() * relative
+        return Depths(mean, sd, mean - NINETY * sd, mean + NINETY * sd)
+    draws = posterior.of("depth").reshape(-1, len(n))
+    draws = draws - draws.mean(1, keepdims=True) * relative
+    rng = np.random.default_rng(seed)
+    draws = draws + library_sd * rng.standard_normal(draws.shape)
+    draws = marginal_draws(draws, n, joint.counts.probability, count_shifts, rng)
+    return Depths(draws.mean(0), draws.std(0), *np.quantile(draws, [0.05, 0.95], axis=0))
