@@ -123,14 +123,3 @@ def test_laplace_draws_have_the_estimates_covariance(problem):
     np.testing.assert_allclose(posterior.of("depth").reshape(-1, 72).std(0), estimate.sd("depth"), rtol=0.12)
 
 
-def test_aberrated_windows_are_the_fourier_sum(problem, monkeypatch):
-    if problem.series.periodic:
-        pytest.skip("once is enough")
-    round_windows = local.plan_windows(problem.library, problem.series, np.asarray(problem.start["depth"]))
-    monkeypatch.setattr(local, "_is_round", lambda library: False)
-    windows = local.plan_windows(problem.library, problem.series, np.asarray(problem.start["depth"]))
-    assert isinstance(round_windows[0].draw, local.RadialRenderer) and not isinstance(windows[0].draw, local.RadialRenderer)
-    a, b = local.evaluate(problem.start, problem, round_windows), local.evaluate(problem.start, problem, windows)
-    np.testing.assert_allclose(a.rate, b.rate, atol=2 * local.FAINT * b.rate.max())
-    information = np.diag(local.information(problem.start, problem, windows, b).dense())[72:144]
-    assert (abs(a.score["x"] - b.score["x"]) < 0.05 * np.sqrt(information)).all()

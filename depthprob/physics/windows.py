@@ -1,0 +1,126 @@
+"""Images of columns in small windows: a few functions of y times a few functions of x.
+
+The images of a library, band-limited and smooth, are sums over some fifteen products u_k(y) v_l(x), for any aberrations: with the basis images
+B_r(y, x) = sum_kl u_k(y) C_r[k, l] v_l(x) a column's window is two small matrix products, about five times faster than a table of radii. A shift moves
+the functions, and a wider source blurs them, for a Gaussian is a product of one of y and one of x: both exact, in their Fourier series.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .library import ColumnLibrary
+
+TOLERANCE = 5e-5  # largest error of a window's image, of its peak
+FINEST = 0.02  # Å between positions of a column that functions are tabulated at, and interpolated between by cubic Hermite polynomials
+
+
+class WindowRenderer(NamedTuple):
+    """What draws a column in its window.
+
+    Attributes
+    ----------
+    cores : (R, K, L)
+        Basis images in the functions of y and x.
+    along_y, along_x : (K, q), (L, q) complex
+        Fourier series of those functions.
+    waves : (position, w, q) complex
+        exp(2 pi i q t) at the window's pixels for a column at each tabulated position within a pixel; zero beyond the library's own images.
+    q : (q,)
+        [1/Å].
+    step : float
+        Between those positions [Å].
+    first : float
+        Position of a column at the first of them [Å].
+    """
+
+    cores: jax.Array
+    along_y: jax.Array
+    along_x: jax.Array
+    waves: jax.Array
+    q: jax.Array
+    step: jax.Array
+    first: jax.Array
+
+
+def window_renderer(library: ColumnLibrary, pixel: float, half: int, farthest: float) -> WindowRenderer:
+    """For windows of 2 half + 1 pixels of `pixel` Å and columns no farther than `farthest` Å from focus."""
+    images = np.asarray(library.images, float)
+    numbers = np.unique(np.linspace(1, library.n_max, 4).astype(int))
+    z = np.linspace(-farthest, farthest, 33)
+    seen = np.asarray(library.weights(jnp.asarray(numbers), jnp.asarray(np.tile(z, (len(numbers), 1))))).reshape(-1, len(images))
+    examples = np.tensordot(seen, images, 1)
+    examples /= abs(examples).max((1, 2), keepdims=True)
+    vectors = [np.linalg.eigh(np.tensordot(examples, examples, ([0, 2 - axis], [0, 2 - axis])))[1][:, ::-1] for axis in (0, 1)]
+    for k in range(6, len(vectors[0]) + 1, 2):
+        u, v = (a[:, :k] for a in vectors)
+        if abs(u @ (u.T @ examples @ v) @ v.T - examples).max() < TOLERANCE:
+            break
+    size = images.shape[1]
+    cell = size * library.pixel
+    q = np.arange(int(library.band_limit * cell) + 1) / cell
+    spectrum = lambda a: (np.fft.rfft(a, axis=0)[: len(q)] * np.where(q > 0, 2.0, 1.0)[:, None] / size).T
+    steps = int(np.ceil(pixel / FINEST))
+    position = (half + np.arange(steps + 1) / steps) * pixel
+    t = np.arange(2 * half + 1) * pixel - position[:, None]
+    waves = np.exp(2j * np.pi * t[..., None] * q) * (abs(t) <= cell / 2)[..., None]
+    c64, f32 = lambda a: jnp.asarray(a, jnp.complex64), lambda a: jnp.asarray(a, jnp.float32)
+    return WindowRenderer(f32(u.T @ images @ v), c64(spectrum(u)), c64(spectrum(v)), c64(waves), f32(q), f32(pixel / steps), f32(position[0]))
+
+
+@partial(jax.jit, static_argnames=("derivatives", "widening_too"))
+def draw_windows(
+    n_atoms: Int[Array, " column"],
+    z: Float[Array, " column"],
+    offset: Float[Array, "column 2"],
+    source_variance: Float[Array, ""],
+    library: ColumnLibrary,
+    draw: WindowRenderer,
+    derivatives: bool,
+    widening_too: bool = True,
+) -> Float[Array, "column kind w w"]:
+    """Fraction of the beam of each column in its own window, float32, the column at `offset` (x, y) [Å] from the centre of the first pixel, near the middle.
+
+    Kinds: the image; with derivatives also its derivatives by z = defocus - depth, x, y and, `widening_too`, source variance, by which it diffuses:
+    half its Laplacian.
+    """
+    damping = jnp.exp(-2 * jnp.pi**2 * draw.q**2 * source_variance.astype(jnp.float32))
+    orders = 2 + (1 + widening_too) * derivatives
+    tables = [_table(series * damping, draw, orders) for series in (draw.along_x, draw.along_y)]
+
+    def one(at):
+        n, z, offset = at
+        weights, slopes = jax.jvp(lambda z: library.weights(n[None], z[None])[0], (z,), (jnp.ones_like(z),))
+        core = jnp.tensordot(weights.astype(jnp.float32), draw.cores, 1)
+        vx, uy = (_between(table, position, draw) for table, position in zip(tables, offset, strict=True))
+        if not derivatives:
+            return (uy[0] @ (core @ vx[0].T))[None]
+        moved = jnp.tensordot(slopes.astype(jnp.float32), draw.cores, 1)
+        across = core @ vx[0].T
+        kinds = [uy[0] @ across, uy[0] @ (moved @ vx[0].T), -uy[0] @ (core @ vx[1].T), -uy[1] @ across]
+        if widening_too:
+            kinds.append((uy[0] @ (core @ vx[2].T) + uy[2] @ across) / 2)
+        return jnp.stack(kinds)
+
+    return jax.lax.map(one, (n_atoms, z, offset), batch_size=64)
+
+
+def _table(series: Array, draw: WindowRenderer, orders: int) -> Float[Array, "position order w k"]:
+    """Functions and their derivatives at the window's pixels, for each tabulated position."""
+    by_order = jnp.stack([series * (2j * jnp.pi * draw.q).astype(jnp.complex64) ** m for m in range(orders)])
+    # real part of a product, by real products
+    return jnp.einsum("pwq,mkq->pmwk", draw.waves.real, by_order.real) - jnp.einsum("pwq,mkq->pmwk", draw.waves.imag, by_order.imag)
+
+
+def _between(table: Float[Array, "position order w k"], position: Float[Array, ""], draw: WindowRenderer) -> Float[Array, "order w k"]:
+    """Every order but the last for a column at a position [Å], from its slope, the order above it."""
+    place = jnp.clip((position - draw.first) / draw.step, 0, len(table) - 1).astype(jnp.float32)
+    i = jnp.minimum(place.astype(int), len(table) - 2)
+    u = place - i
+    low, high = table[i], table[i + 1]
+    f0, f1, g0, g1 = low[:-1], high[:-1], -draw.step * low[1:], -draw.step * high[1:]
+    return f0 + u * (g0 + u * (3 * (f1 - f0) - 2 * g0 - g1 + u * (2 * (f0 - f1) + g0 + g1)))

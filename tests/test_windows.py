@@ -1,0 +1,58 @@
+"""Columns drawn in windows, against the library's own Fourier sum."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprob.physics.windows import draw_windows, window_renderer
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+PIXEL, HALF = 0.4, 18
+
+
+def astigmatic(library):
+    """The same columns, blurred along a direction that is no axis."""
+    q = np.fft.fftfreq(library.images.shape[1], library.pixel)
+    along = 0.8 * q + 0.6 * q[:, None]
+    spectrum = np.fft.fft2(library.images) * np.exp(-2 * (np.pi * 0.5 * along) ** 2)
+    return dataclasses.replace(library, images=np.fft.ifft2(spectrum).real)
+
+
+@pytest.mark.parametrize("change", [lambda library: library, astigmatic], ids=["round", "astigmatic"])
+def test_windows_and_their_derivatives_are_those_of_the_fourier_sum(library, change):
+    library = change(library)
+    rng = np.random.default_rng(0)
+    n, z = rng.integers(1, 12, 6), rng.uniform(-110, 110, 6)
+    offset = (HALF + rng.uniform(0, 1, (6, 2))) * PIXEL
+    draw = window_renderer(library, PIXEL, HALF, 120.0)
+    drawn = np.asarray(draw_windows(jnp.asarray(n), jnp.asarray(z), jnp.asarray(offset), jnp.float32(0.0), library, draw, True), float)
+    side = np.arange(2 * HALF + 1) * PIXEL
+
+    def exact(c, dz=0.0, dx=0.0, dy=0.0):
+        return library.series(int(n[c]), z[c] + dz, side - offset[c, 0] - dx, side - offset[c, 1] - dy)[0]
+
+    def slope(c, by, step=1e-3):
+        return (exact(c, **{by: step}) - exact(c, **{by: -step})) / (2 * step)
+
+    def bend(c, by, step=0.01):
+        return (exact(c, **{by: step}) + exact(c, **{by: -step}) - 2 * exact(c)) / step**2
+
+    for c in range(6):
+        kinds = (exact(c), slope(c, "dz"), slope(c, "dx"), slope(c, "dy"), (bend(c, "dx") + bend(c, "dy")) / 2)
+        for own, expected, within in zip(drawn[c], kinds, (1e-4, 1e-3, 1e-3, 1e-3, 3e-3), strict=True):
+            assert abs(own - expected).max() < within * abs(expected).max()
+
+
+def test_a_wider_source_is_a_gaussian_blur(library):
+    """The library's images, blurred in their own Fourier series."""
+    q = np.fft.fftfreq(library.images.shape[1], library.pixel)
+    blur = np.exp(-2 * np.pi**2 * 0.05 * (q**2 + q[:, None] ** 2))
+    wider = dataclasses.replace(library, images=np.fft.ifft2(np.fft.fft2(library.images) * blur).real)
+    draw = window_renderer(library, PIXEL, HALF, 120.0)
+    at = jnp.full((1, 2), (HALF + 0.3) * PIXEL)
+    drawn = np.asarray(draw_windows(jnp.array([5]), jnp.array([60.0]), at, jnp.float32(0.05), library, draw, False))[0, 0]
+    side = np.arange(2 * HALF + 1) * PIXEL - float(at[0, 0])
+    expected = wider.series(5, 60.0, side, side)[0]
+    assert abs(drawn - expected).max() < 2e-4 * expected.max()
