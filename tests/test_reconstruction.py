@@ -259,3 +259,32 @@ def test_atoms_of_a_tilted_crystal_are_found_leaning_on_their_planes():
     z = depths[at][found.column_of_atom] + np.tile([-3.6, 0.0, 3.6], 9)
     np.testing.assert_allclose(found.atoms[:, 2], z, atol=0.3)
     np.testing.assert_allclose(found.atoms[:, :2], upright[at][found.column_of_atom] + np.outer(z, tilt), atol=0.03)
+
+
+def test_a_thin_column_among_thick_ones_is_found_by_the_fits_residuals(library, double_precision):
+    """Two atoms between columns of twelve, as at the rim of a thick rod; the fit knows the others. Nothing is found where nothing is missing."""
+    import jax
+
+    from depthprob.inference.likelihood import make_problem
+    from depthprob.inference.likelihood import rates as expected_rates
+    from depthprob.physics.focal_series import Field, FocalSeries, sample_counts
+    from depthprob.reconstruction.joint import hidden_columns, with_columns
+
+    defocus, pixel = np.arange(-60.0, 61.0, 20.0), 0.4
+    positions = 5.0 + 2.04 * np.stack([a.ravel() for a in np.mgrid[:4, :4]], 1)
+    n = np.full(16, 12)
+    n[5] = 2
+    series = FocalSeries(defocus, pixel, np.full(7, 9612.0), (42, 42))
+    whole = Field(positions, n, np.zeros(16), np.full(7, 1e-3), np.ones(7), np.zeros((7, 2)))
+    counts = np.asarray(sample_counts(jax.random.key(0), whole, library, series))
+    known = np.arange(16) != 5
+    part = Field(positions[known], n[known], np.zeros(15), np.full(7, 1e-3), np.ones(7), np.zeros((7, 2)))
+    found = []
+    for field in (part, whole):
+        problem = make_problem(counts, field, library, series)
+        found.append(hidden_columns({k: np.asarray(v) for k, v in problem.start.items()}, problem, expected_rates(problem.start, problem)))
+    assert len(found[1]) == 0
+    (site,) = found[0]
+    assert np.hypot(*(site - positions[5])) < pixel
+    grown = with_columns(part, found[0])
+    assert grown.positions.shape == (16, 2) and grown.n_atoms[-1] == 1

@@ -330,7 +330,6 @@ def column_information(
     windows: list[Window],
     memory: float = 1.5e9,
     amplitude: bool = False,
-    every: int = 1,
     progress: Callable = lambda items, **_: items,
 ) -> ArrowMatrix:
     """Fisher information among the columns' (depth, x, y), block-tridiagonal over strips; border and corner left at zero.
@@ -341,9 +340,6 @@ def column_information(
     ----------
     memory : float
         Bytes that tiles may hold at a time; the field is taken in bands of tiles for it.
-    every : int
-        Take only every so manieth image of each window size, for all of them and a quarter more: nearly the same in a fraction of the time, and hardly
-        anywhere less than the whole, from which the nuisances' border would take more than there is.
     """
     parameters = _plain(parameters)
     series, periodic = problem.series, problem.series.periodic
@@ -380,8 +376,7 @@ def column_information(
         small = _subset(problem, here)
         own = np.where(members >= 0, place_in[members], 0)
         total = jnp.zeros((len(members), n_kinds * members.shape[1], n_kinds * members.shape[1]), jnp.float32)
-        chosen = window.images[::every]
-        for i in chosen.tolist():
+        for i in window.images.tolist():
             placed = _place(sub, small, i, window.half, pad)
             drawn = _draw(sub, small, window, placed, not amplitude)[:, kinds]
             nobody = len(drawn)
@@ -397,8 +392,7 @@ def column_information(
             offsets = np.where(outside[..., None], 0, offsets)
             total = _add_tile_products(total, drawn, jnp.asarray(ids), jnp.asarray(offsets), jnp.asarray(cut, jnp.float32))
         flip = np.tile(sign, members.shape[1])
-        share = len(chosen) / len(window.images) / (1.0 if every == 1 else 1.25)
-        _scatter(np.asarray(total), np.outer(flip, flip) / share, members, strip, rows_of, diagonal, lower, n_kinds)
+        _scatter(np.asarray(total), np.outer(flip, flip), members, strip, rows_of, diagonal, lower, n_kinds)
     order = np.concatenate([(np.arange(n_kinds) * n_columns + np.asarray(p)[:, None]).ravel() for p in parts])
     k = 0 if amplitude else len(per_image(problem)) * n_foci + len(GLOBAL)
     return ArrowMatrix(order, diagonal, lower, np.zeros((len(order), k)), np.zeros((k, k)))
@@ -519,8 +513,8 @@ def maximum(problem: Problem, progress: Callable = lambda items, **_: items) -> 
 def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, close: float = CLOSE, max_iterations: int = 20, before: Mode | None = None) -> Mode:
     """Joint maximum to `close` standard deviations, root mean square over parameters.
 
-    The Fisher matrix, the dear part, is taken from every third image, and kept as long as steps predict their gain well: from the mode `before` atom
-    numbers were mended, too. Where they do not, it is taken from all.
+    The Fisher matrix, the dear part, is kept as long as steps predict their gain well: from the mode `before` atom numbers were mended, too. (One from a
+    part of the images only is no substitute: common moves of all positions, soft against the image shifts, then never come to rest.)
     """
     parameters = _plain(problem.start)
     names = parameter_names(problem)
@@ -532,7 +526,7 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
         parameters = max(progress(tried, desc="common depth", unit="depth"), key=lambda p: evaluate(p, problem, windows, np.arange(len(problem.series.defocus))[::4], derivatives=False).log_likelihood)
     spread = np.array([parameters["depth"].min() - 30, parameters["depth"].max() + 30])
     windows = plan_windows(problem.library, problem.series, spread)
-    factor, damping, every = before.curvature if before else None, 1e-6, 3
+    factor, damping = before.curvature if before else None, 1e-6
     current = evaluate(parameters, problem, windows, border=factor is None)
     value = current.log_likelihood + float(log_prior(parameters, problem))
     converged, iteration = False, 0
@@ -540,10 +534,8 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
         if factor is None:
             if not np.any(current.corner):
                 current = evaluate(parameters, problem, windows)
-            factor = _newton_factor(information(parameters, problem, windows, current, every=every), prior, damping, problem)
-            if factor is None:
-                factor = _newton_factor(information(parameters, problem, windows, current), prior, damping, problem)
-            every = 1
+            matrix = select(information(parameters, problem, windows, current), problem)
+            factor = ArrowFactor(plus_diagonal(matrix, prior + damping * _diagonal(matrix), gauge(problem)))
         vector = to_vector(parameters, problem)
         score = np.concatenate([np.ravel(current.score[n]) for n in problem.free]) + np.asarray(prior_slope(vector, problem))
         newton = factor.solve(score)
@@ -561,15 +553,6 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
         if gained < 0.5 * expected or np.any(abs(newton) > limit):
             factor, damping = None, min(100.0, 30 * damping) if gained < 0 else damping / 3
     return Mode({k: jnp.asarray(v) for k, v in parameters.items()}, value, iteration + 1, converged, factor)
-
-
-def _newton_factor(matrix: ArrowMatrix, prior: np.ndarray, damping: float, problem: Problem) -> ArrowFactor | None:
-    """Factor of information plus prior and damping; None where it is not positive, as an approximate one may be."""
-    matrix = select(matrix, problem)
-    try:
-        return ArrowFactor(plus_diagonal(matrix, prior + damping * _diagonal(matrix), gauge(problem)))
-    except np.linalg.LinAlgError:
-        return None
 
 
 def estimate_at(mode: Mode, problem: Problem, progress: Callable = lambda items, **_: items) -> Estimate:

@@ -3,20 +3,25 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from scipy.ndimage import correlate, maximum_filter
+from scipy.spatial import cKDTree
 
 from ..config import Config
 from ..inference import likelihood, local
 from ..inference.counts import marginal_draws, mean_square_shift
-from ..inference.likelihood import Amplitudes, Estimate, Problem, field_of, make_problem
+from ..inference.likelihood import DARKEST, PER_COLUMN, Amplitudes, Estimate, Problem, field_of, make_problem
 from ..inference.posterior import LARGE, Posterior
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
 from .counting import Counts, count_by_library
+from .drift import shift_images
 from .libraries import read_variance_of
 
-ROUNDS = 5  # of counting and fitting
+ROUNDS = 8  # of counting, fitting and looking for hidden columns
+SHARPEST = 8  # images that hidden columns are looked for in
 LIBRARY_ERROR = 0.015  # relative, of cross-sections: what superposition and thermal model leave
 SCALE_SD = 0.05  # of a factor common to all cross-sections
 NINETY = 1.6449  # standard deviations that hold 90 % of a normal distribution
@@ -85,14 +90,65 @@ def fit_jointly(
         cross = library.cross_section[n - 1] * np.exp(np.asarray(mode.parameters["log_gain"]).mean())
         counts = count_by_library(amplitudes.value * cross, np.hypot(amplitudes.sd * noisier, LIBRARY_ERROR) * cross, library.cross_section, scale_sd=SCALE_SD)
         settled = np.array_equal(counts.n, n)
-        if settled:
-            break
         field = field_of(mode.parameters, jnp.asarray(counts.n))
+        if not settled:
+            continue
+        hidden = hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem))
+        if not len(hidden):
+            break
+        field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False
+        centre |= {name: jnp.concatenate([centre[name], pose(field).centre[name][len(n) :]]) for name in PER_COLUMN}
     problem = pose(field_of(mode.parameters, problem.n_atoms), centre)
     if dispersed:
         problem, mode = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)), None
     mode = fit.find_mode(problem, progress, before=mode)
     return JointFit(problem, fit.estimate_at(mode, problem, progress), counts, amplitudes, settled)
+
+
+def hidden_columns(parameters: dict, problem: Problem, rate: np.ndarray) -> np.ndarray:
+    """Positions (m, 2) [Å] of columns that the fit lacks: thin ones beside thick ones, whose maxima the average image hides.
+
+    The residual of the sharpest images to the fit's expected counts `rate` (F, ny, nx), through a filter matched to a single atom less its surroundings; a
+    column is half an atom and six standard deviations of its noise, and a neighbour of those known: 0.6 to 1.4 of their spacing from the nearest.
+    """
+    series, library = problem.series, problem.library
+    px, (ny, nx) = series.pixel_size, series.shape
+    at = np.stack([parameters["x"], parameters["y"]], 1)
+    if len(at) < 2:
+        return np.empty((0, 2))
+    z = np.asarray(series.defocus) - float(np.median(parameters["depth"]))
+    chosen = np.argsort(abs(z))[:SHARPEST]
+    electrons = (np.broadcast_to(np.asarray(series.dose), z.shape) * np.exp(parameters["log_gain"]))[chosen, None, None] * px**2
+    back = -np.stack([parameters["shift_x"], parameters["shift_y"]], 1)[chosen] / px
+    left = np.where(problem.mask, np.asarray(problem.counts, float) - rate, 0.0)[chosen] / electrons
+    noise = ((np.maximum(rate[chosen], DARKEST) + float(problem.read_variance)) * float(problem.dispersion) / electrons**2).mean(0) / len(chosen)
+    along = np.arange(-np.ceil(1.2 / px), np.ceil(1.2 / px) + 1) * px
+    atom = library.series(1, z[chosen], along, along).mean(0)
+    disc = np.hypot(along, along[:, None]) <= max(1.2, 1.5 * px)
+    atom = np.where(disc, atom - atom[disc].mean(), 0.0)
+    mode = "wrap" if series.periodic else "nearest"
+    amplitude = correlate(shift_images(left, back, series.periodic).mean(0), atom, mode=mode) / (atom**2).sum()
+    sd = np.sqrt(correlate(noise, atom**2, mode=mode)) / (atom**2).sum()
+    peak = (amplitude == maximum_filter(amplitude, footprint=disc, mode=mode)) & (amplitude > 0.5) & (amplitude > 6 * sd)
+    y, x = np.nonzero(peak)
+    found = np.stack([x, y], 1) * px
+    size = np.array([nx, ny]) * px
+    tree = cKDTree(np.mod(at, size), boxsize=size) if series.periodic else cKDTree(at)
+    spacing = np.median(tree.query(tree.data, 2)[0][:, 1])
+    away = tree.query(found)[0]
+    near = (away > 0.6 * spacing) & (away < 1.4 * spacing)
+    if not series.periodic:
+        near &= ((found > 0.5) & (found < size - px - 0.5)).all(1)
+    return found[near]
+
+
+def with_columns(field: Field, positions: np.ndarray) -> Field:
+    """A field with more columns, of one atom and as deep as their nearest neighbour."""
+    nearest = cKDTree(np.asarray(field.positions)).query(positions)[1]
+    return eqx.tree_at(
+        lambda f: (f.positions, f.n_atoms, f.depths), field,
+        (jnp.concatenate([field.positions, positions]), jnp.concatenate([field.n_atoms, jnp.ones(len(positions), int)]), jnp.concatenate([field.depths, field.depths[nearest]])),
+    )
 
 
 def column_depths(posterior: Posterior, joint: JointFit, count_shifts: np.ndarray, seed: int, relative: bool = False) -> Depths:

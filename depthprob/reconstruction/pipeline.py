@@ -203,8 +203,6 @@ def reconstruct(
     stages("counts")
     reference = library_cross_sections(library, defocus[chosen], pixel)
     counted = count_by_library(columns.volume, columns.volume_sd, reference, scale_sd=SCALE_SD)
-    mixture = gaussian_mixture_counts(columns.volume, min(len(found), library.n_max + 3))
-    hybrid = count_by_hybrid(columns.volume, reference, float(dose[chosen].sum()))
 
     stages("joint fit")
     series = FocalSeries(defocus, pixel, dose, fraction.shape[1:], periodic)
@@ -223,6 +221,13 @@ def reconstruct(
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}
     positions = np.stack([parameters["x"], parameters["y"]], 1)
     shifts = np.stack([parameters["shift_x"], parameters["shift_y"]], 1)
+
+    stages("other counts")
+    if len(positions) > len(found):  # the fit's residuals showed more
+        columns = fit_columns(average, positions, pixel, periodic)
+        counted = count_by_library(columns.volume, columns.volume_sd, reference, scale_sd=SCALE_SD)
+    mixture = gaussian_mixture_counts(columns.volume, min(len(positions), library.n_max + 3))
+    hybrid = count_by_hybrid(columns.volume, reference, float(dose[chosen].sum()))
 
     stages("Gaussian peaks")
     baseline = fit_gaussian_peaks(fraction, positions, n_atoms, library, series, shifts)
