@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import math
+import mmap
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,7 @@ LENGTHS_A = {
     "m": 1e10,
 }
 SMALLEST_DIRECTORY = 18  # bytes of a TIFF directory with one entry
+HEAP = b"GCOL\1\0\0\0"  # how a global heap of HDF5 begins
 MOST_COMPRESSED = 1100  # the best that deflate can do is 1032 to 1
 LENGTHS_A |= {"µm": 1e4, "μm": 1e4, "um": 1e4, "micron": 1e4}
 
@@ -280,6 +282,7 @@ def _read_hdf5(path: Path, ndim: int = 3) -> _Content:
     import h5py
 
     with naming(path, *PARSER_FAULTS), h5py.File(path, "r") as file:
+        _check_heaps(path, file)
         stack = file.get("stack")
         if not isinstance(stack, h5py.Dataset):
             raise _missing_stack(path, list(file))
@@ -293,6 +296,27 @@ def _read_hdf5(path: Path, ndim: int = 3) -> _Content:
             return stack.attrs.get(name, file.attrs.get(name))
 
         return _content(path, stack[()], get)
+
+
+def _check_heaps(path: Path, file) -> None:
+    """Refuse an HDF5 file with a global heap, where texts and netCDF's dimensions lie, that never ends: HDF5 would step over nothing for ever.
+
+    A heap is "GCOL", version 1, three zeros and its length; then objects, each of index (0 marks free space, whose length counts its header), references, length
+    and content on a multiple of eight bytes. HDF5 File Format Specification 3.0, III.E.
+    """
+    _, width = file.id.get_create_plist().get_sizes()
+    with path.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        number = lambda at, size: int.from_bytes(held[at : at + size], "little")
+        start = held.find(HEAP)
+        while start >= 0:
+            at, end = start + 8 + width, start + number(start + 8, width)
+            while at + 8 + width <= min(end, len(held)):
+                length = number(at + 8, width)
+                step = 8 + width + -(-length // 8) * 8 if number(at, 2) else length
+                if not 0 < step <= end - at:
+                    raise ValueError(f"its heap at byte {start} holds an object of impossible length {length} at byte {at}")
+                at += step
+            start = held.find(HEAP, start + 8)
 
 
 def _check_stored(path: Path, file) -> None:
@@ -315,6 +339,7 @@ def _read_netcdf(path: Path, ndim: int = 3) -> _Content:
         classic = _starts_with(path, b"CDF")
         if not classic:
             with h5py.File(path, "r") as file:
+                _check_heaps(path, file)
                 if isinstance(file.get("stack"), h5py.Dataset):
                     _check_shape(path, file["stack"].shape, file["stack"].dtype, ndim)
                     _check_stored(path, file)
