@@ -140,11 +140,10 @@ def library(
             raise InputError(f"cannot write a library {str(output)!r}: the allowed ending is .npz.")
         _check_output_file(output)
         _use_double_precision()
-        from .reconstruction.libraries import library_for
+        from .reconstruction.libraries import write_library
         from .reconstruction.pipeline import progress_bar
 
-        atoms = settings.inference.max_atoms or settings.specimen.n_atoms
-        library_for(settings, atoms, progress_bar(quiet)).save(output)
+        write_library(output, settings, progress_bar(quiet))
     _say(f"wrote {output}", quiet)
 
 
