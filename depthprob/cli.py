@@ -12,7 +12,7 @@ import typer
 from . import io
 from .config import METHODS, Config, check_sampling, check_supported, read_config
 from .errors import InputError
-from .storage import atomic_folder
+from .storage import atomic_folder, atomic_write
 
 app = typer.Typer(
     name="depthprob",
@@ -189,7 +189,8 @@ def design(
         if output is not None:
             from .plotting import save_design
 
-            save_design(output.with_suffix(".png"), result)
+            with atomic_write(output.with_suffix(".png")) as temporary:
+                save_design(temporary, result)
             _say(f"drew {output.with_suffix('.png')}", quiet)
 
 
