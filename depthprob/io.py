@@ -49,6 +49,7 @@ LENGTHS_A = {
     "pm": 0.01,
     "m": 1e10,
 }
+STRUCTURES = {".xyz": "extxyz", ".extxyz": "extxyz", ".cif": "cif", ".vasp": "vasp", ".poscar": "vasp"}
 SMALLEST_DIRECTORY = 18  # bytes of a TIFF directory with one entry
 HEAP = b"GCOL\1\0\0\0"  # how a global heap of HDF5 begins
 MOST_COMPRESSED = 1100  # the best that deflate can do is 1032 to 1
@@ -798,16 +799,43 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def read_atoms(path: Path):
-    """Atoms of a structure file as `ase.Atoms`.
+    """Atoms of a structure file as `ase.Atoms`, by the format that its name tells.
+
+    Only formats of plain text are read: others of ASE's (traj, bundletrajectory, db, json, ...) may run what a file holds, or read other files.
 
     Raises
     ------
     InputError
-        For a file that ASE cannot read.
+        For another name, or a file that ASE cannot read.
     """
     import ase.io
 
-    try:
-        return ase.io.read(path)
-    except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, OSError, ValueError, KeyError, IndexError) as fault:
-        raise InputError(f"cannot read {str(path)!r} as a structure ({fault}). Give an extended XYZ or CIF file.") from fault
+    name = path.name.lower()
+    kind = STRUCTURES.get(path.suffix.lower()) or ("vasp" if name.startswith(("poscar", "contcar")) else None)
+    if kind is None:
+        raise InputError(f"cannot read {str(path)!r} as a structure: allowed are {', '.join(STRUCTURES)}, POSCAR and CONTCAR. Give an extended XYZ or CIF file.")
+    with naming(path, *PARSER_FAULTS, ase.io.ParseError, StopIteration, MemoryError):
+        _check_atoms(path.read_text(encoding="utf-8", errors="replace").splitlines(), kind)
+        atoms = ase.io.read(path, format=kind, do_not_split_by_at_sign=True)
+        if not len(atoms):
+            raise ValueError("it holds no atoms")
+        return atoms
+
+
+def _check_atoms(lines: Sequence[str], kind: str) -> None:
+    """Refuse a file whose lines are fewer than the atoms it declares: ASE would make room for them, or look for their lines, one by one."""
+    declared = 0
+    if kind == "extxyz":  # frames of a number, a comment, atoms, and perhaps vectors
+        at = 0
+        while at < len(lines) and lines[at].strip():
+            declared = int(lines[at])
+            at += declared + 2
+            if not 0 <= declared <= len(lines):
+                break
+            while at < len(lines) and lines[at].startswith("VEC"):
+                at += 1
+    elif kind == "vasp":  # numbers of each element in the sixth line, or in the seventh
+        counts = next((line.split() for line in lines[5:7] if line.strip()[:1].isdigit()), [])
+        declared = sum(int(n) for n in counts)
+    if not 0 <= declared <= len(lines):
+        raise ValueError(f"it declares {declared} atoms in {len(lines)} lines")
