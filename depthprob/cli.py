@@ -12,7 +12,7 @@ import typer
 from . import io
 from .config import METHODS, Config, check_sampling, check_supported, read_config
 from .errors import InputError
-from .storage import atomic_folder
+from .storage import atomic_folder, atomic_write
 
 app = typer.Typer(
     name="depthprob",
@@ -140,11 +140,10 @@ def library(
             raise InputError(f"cannot write a library {str(output)!r}: the allowed ending is .npz.")
         _check_output_file(output)
         _use_double_precision()
-        from .reconstruction.libraries import library_for
+        from .reconstruction.libraries import write_library
         from .reconstruction.pipeline import progress_bar
 
-        atoms = settings.inference.max_atoms or settings.specimen.n_atoms
-        library_for(settings, atoms, progress_bar(quiet)).save(output)
+        write_library(output, settings, progress_bar(quiet))
     _say(f"wrote {output}", quiet)
 
 
@@ -190,7 +189,8 @@ def design(
         if output is not None:
             from .plotting import save_design
 
-            save_design(output.with_suffix(".png"), result)
+            with atomic_write(output.with_suffix(".png")) as temporary:
+                save_design(temporary, result)
             _say(f"drew {output.with_suffix('.png')}", quiet)
 
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import math
+import mmap
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +49,9 @@ LENGTHS_A = {
     "pm": 0.01,
     "m": 1e10,
 }
+STRUCTURES = {".xyz": "extxyz", ".extxyz": "extxyz", ".cif": "cif", ".vasp": "vasp", ".poscar": "vasp"}
 SMALLEST_DIRECTORY = 18  # bytes of a TIFF directory with one entry
+HEAP = b"GCOL\1\0\0\0"  # how a global heap of HDF5 begins
 MOST_COMPRESSED = 1100  # the best that deflate can do is 1032 to 1
 LENGTHS_A |= {"µm": 1e4, "μm": 1e4, "um": 1e4, "micron": 1e4}
 
@@ -280,6 +283,7 @@ def _read_hdf5(path: Path, ndim: int = 3) -> _Content:
     import h5py
 
     with naming(path, *PARSER_FAULTS), h5py.File(path, "r") as file:
+        _check_heaps(path, file)
         stack = file.get("stack")
         if not isinstance(stack, h5py.Dataset):
             raise _missing_stack(path, list(file))
@@ -293,6 +297,27 @@ def _read_hdf5(path: Path, ndim: int = 3) -> _Content:
             return stack.attrs.get(name, file.attrs.get(name))
 
         return _content(path, stack[()], get)
+
+
+def _check_heaps(path: Path, file) -> None:
+    """Refuse an HDF5 file with a global heap, where texts and netCDF's dimensions lie, that never ends: HDF5 would step over nothing for ever.
+
+    A heap is "GCOL", version 1, three zeros and its length; then objects, each of index (0 marks free space, whose length counts its header), references, length
+    and content on a multiple of eight bytes. HDF5 File Format Specification 3.0, III.E.
+    """
+    _, width = file.id.get_create_plist().get_sizes()
+    with path.open("rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        number = lambda at, size: int.from_bytes(held[at : at + size], "little")
+        start = held.find(HEAP)
+        while start >= 0:
+            at, end = start + 8 + width, start + number(start + 8, width)
+            while at + 8 + width <= min(end, len(held)):
+                length = number(at + 8, width)
+                step = 8 + width + -(-length // 8) * 8 if number(at, 2) else length
+                if not 0 < step <= end - at:
+                    raise ValueError(f"its heap at byte {start} holds an object of impossible length {length} at byte {at}")
+                at += step
+            start = held.find(HEAP, start + 8)
 
 
 def _check_stored(path: Path, file) -> None:
@@ -315,6 +340,7 @@ def _read_netcdf(path: Path, ndim: int = 3) -> _Content:
         classic = _starts_with(path, b"CDF")
         if not classic:
             with h5py.File(path, "r") as file:
+                _check_heaps(path, file)
                 if isinstance(file.get("stack"), h5py.Dataset):
                     _check_shape(path, file["stack"].shape, file["stack"].dtype, ndim)
                     _check_stored(path, file)
@@ -773,16 +799,43 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def read_atoms(path: Path):
-    """Atoms of a structure file as `ase.Atoms`.
+    """Atoms of a structure file as `ase.Atoms`, by the format that its name tells.
+
+    Only formats of plain text are read: others of ASE's (traj, bundletrajectory, db, json, ...) may run what a file holds, or read other files.
 
     Raises
     ------
     InputError
-        For a file that ASE cannot read.
+        For another name, or a file that ASE cannot read.
     """
     import ase.io
 
-    try:
-        return ase.io.read(path)
-    except (ase.io.formats.UnknownFileTypeError, ase.io.ParseError, OSError, ValueError, KeyError, IndexError) as fault:
-        raise InputError(f"cannot read {str(path)!r} as a structure ({fault}). Give an extended XYZ or CIF file.") from fault
+    name = path.name.lower()
+    kind = STRUCTURES.get(path.suffix.lower()) or ("vasp" if name.startswith(("poscar", "contcar")) else None)
+    if kind is None:
+        raise InputError(f"cannot read {str(path)!r} as a structure: allowed are {', '.join(STRUCTURES)}, POSCAR and CONTCAR. Give an extended XYZ or CIF file.")
+    with naming(path, *PARSER_FAULTS, ase.io.ParseError, StopIteration, MemoryError):
+        _check_atoms(path.read_text(encoding="utf-8", errors="replace").splitlines(), kind)
+        atoms = ase.io.read(path, format=kind, do_not_split_by_at_sign=True)
+        if not len(atoms):
+            raise ValueError("it holds no atoms")
+        return atoms
+
+
+def _check_atoms(lines: Sequence[str], kind: str) -> None:
+    """Refuse a file whose lines are fewer than the atoms it declares: ASE would make room for them, or look for their lines, one by one."""
+    declared = 0
+    if kind == "extxyz":  # frames of a number, a comment, atoms, and perhaps vectors
+        at = 0
+        while at < len(lines) and lines[at].strip():
+            declared = int(lines[at])
+            at += declared + 2
+            if not 0 <= declared <= len(lines):
+                break
+            while at < len(lines) and lines[at].startswith("VEC"):
+                at += 1
+    elif kind == "vasp":  # numbers of each element in the sixth line, or in the seventh
+        counts = next((line.split() for line in lines[5:7] if line.strip()[:1].isdigit()), [])
+        declared = sum(int(n) for n in counts)
+    if not 0 <= declared <= len(lines):
+        raise ValueError(f"it declares {declared} atoms in {len(lines)} lines")

@@ -10,7 +10,7 @@ from .config import Config, read_config
 from .errors import InputError
 from .inference.posterior import write_netcdf
 from .io import read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
-from .physics.library import ColumnLibrary
+from .reconstruction.libraries import read_library
 from .reconstruction.pipeline import Reconstruction, reconstruct
 from .reconstruction.surface import surface_as_dict
 from .report import write_report
@@ -76,7 +76,7 @@ def run(stack_path, config: Config, folder, library_path=None, method=None, memo
     memory_limit = memory_limit or config.simulation.memory_limit_GB
     if memory_limit is not None and need > memory_limit:
         raise InputError(f"{name} is {memory_limit:g} GB; this series of {stack.data.shape} needs about {need:.1f} GB. Raise the limit or crop the series.")
-    library = ColumnLibrary.load(library_path) if library_path is not None else None
+    library = read_library(library_path, config) if library_path is not None else None
     write(reconstruct(stack, config, library, method, quiet, checkpoint=checkpoint), Path(folder))
 
 

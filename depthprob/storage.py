@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import hashlib
 import math
 import os
 import secrets
 import shutil
+import socket
 import struct
 import zipfile
 import zlib
@@ -44,9 +46,49 @@ def _check_parent(path: Path) -> None:
         raise InputError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
 
 
+def _this_computer() -> str:
+    """Eight digits for this computer, and this container of it: process numbers mean something within."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":  # elsewhere nobody can be asked without harm
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _temporary(folder: Path, path: Path) -> Path:
+    """Name in a folder for what shall become `path`, after removing what killed processes of this computer left there under such names."""
+    start, end = f".{path.stem}.{_this_computer()}-", f".partial{path.suffix}"
+    for left in folder.iterdir() if folder.is_dir() else ():
+        process = left.name.removeprefix(start).partition("-")[0]
+        if left.name.startswith(start) and left.name.endswith(end) and process.isdecimal() and not _runs(int(process)):
+            _remove(left)
+    return folder / f"{start}{os.getpid()}-{secrets.token_hex(4)}{end}"
+
+
+def _remove(path: Path) -> None:
+    """A file or folder, if it is there and may be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, size: int = 0) -> Iterator[Path]:
-    """Temporary path beside `path` to write to; renamed to `path` on success, removed on failure.
+    """Temporary path beside `path` to write to; renamed to `path` on success, removed on failure, and by the next writer where a kill left it.
 
     The disk must first show room for `size` bytes: HDF5 ends the process with a segmentation fault where a write fails halfway.
 
@@ -59,7 +101,8 @@ def atomic_write(path: str | Path, size: int = 0) -> Iterator[Path]:
     _check_parent(path)
     if path.is_dir():
         raise InputError(f"cannot write {str(path)!r}: it is a folder. Give a file name.")
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    with disk_refusals(path):
+        temporary = _temporary(path.parent, path)
     try:
         with disk_refusals(path):
             if size and hasattr(os, "posix_fallocate"):
@@ -73,7 +116,7 @@ def atomic_write(path: str | Path, size: int = 0) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, last: str = "provenance.json") -> Iterator[Path]:
-    """Temporary folder to fill; moved into place once whole, removed on failure.
+    """Temporary folder to fill; moved into place once whole, removed on failure, and by the next run where a kill left it.
 
     Files of an existing folder stay, except those of the same name. All of these go before the first new one comes, and the file named `last`
     goes first and comes last: old and new never stand side by side, and where `last` is, the others are.
@@ -88,8 +131,9 @@ def atomic_folder(path: str | Path, last: str = "provenance.json") -> Iterator[P
         raise InputError(f"cannot write into {str(path)!r}: it is a file. Give the name of a folder.")
     _check_parent(path)
     path = path.resolve()
-    here = f".{path.name}.{secrets.token_hex(4)}.partial"
-    temporary = path / here if path.exists() else path.with_name(here)  # within a folder that may be another disk's
+    with disk_refusals(path):
+        beside = _temporary(path.parent, path)
+        temporary = _temporary(path, path) if path.exists() else beside  # within a folder that may be another disk's
     try:
         with disk_refusals(path):
             temporary.mkdir()

@@ -206,3 +206,48 @@ def test_any_arrays_are_a_stack_or_refused(tmp_path_factory, stack, entries, sig
         except (TypeError, ValueError):  # HDF5 has no such type
             return
     outcome(lambda: io.read_stack(path, SETTINGS[signal]))
+
+
+# Structures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["atoms.xyz", "atoms.cif", "POSCAR"])
+def test_an_altered_structure_is_read_or_refused(tmp_path, name):
+    from ase.build import bulk
+
+    path = tmp_path / name
+    bulk("Au", cubic=True).write(path, format={"atoms.xyz": "extxyz", "atoms.cif": "cif", "POSCAR": "vasp"}[name])
+    whole = path.read_bytes()
+    assert len(io.read_atoms(path)) == 4
+
+    @cases(40)
+    @given(data=st.data())
+    def check(data):
+        path.write_bytes(altered(data, whole))
+        outcome(lambda: io.read_atoms(path))
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("atoms.xyz", "1000000000\n\nAu 0 0 0\n", "declares 1000000000 atoms in 3 lines"),
+        ("atoms.xyz", "1\n\nAu 0 0 0\n-5\n\n", "declares -5 atoms"),
+        ("atoms.xyz", "1\nProperties=species:S:1:pos:R:3:x:R:1000000000000\nAu 0 0 0\n", "cannot read"),
+        ("atoms.xyz", "", "cannot read"),
+        ("atoms.xyz", "0\n\n", "holds no atoms"),
+        ("POSCAR", "Au\n1.0\n4 0 0\n0 4 0\n0 0 4\nAu\n1000000000\nDirect\n0 0 0\n", "declares 1000000000 atoms in 9 lines"),
+        ("atoms.cif", "data_\n", "cannot read"),
+        *[(f"atoms.{kind}", "- of UlmASE-Trajectory", "as a structure: allowed are .xyz") for kind in ("traj", "bundle", "db", "json", "py", "out")],
+    ],
+)
+def test_a_structure_that_claims_too_much_or_may_run_code_is_refused_unread(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=said):
+        io.read_atoms(tmp_path / name)
+
+
+def test_a_structures_name_is_a_name_not_a_selection(tmp_path):
+    (tmp_path / "at@0.xyz").write_text("1\n\nAu 0 0 0\n")
+    assert len(io.read_atoms(tmp_path / "at@0.xyz")) == 1

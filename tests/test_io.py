@@ -240,6 +240,19 @@ def test_an_hdf5_stack_reads_no_other_file(tmp_path, counts, suffix):
         assert "other files" in fault(hdf5(tmp_path / f"{name}{suffix}", build))
 
 
+@pytest.mark.parametrize("length", [0, 2**40, 2**64 - 16])
+def test_a_netcdf_file_whose_heap_never_ends_is_refused(tmp_path, counts, length):
+    """HDF5 itself would step over it for ever, by nothing at a time (2^64 - 16 wraps round to that)."""
+    path = tmp_path / "stack.nc"
+    io.write_stack(path, io.Stack(counts, np.array(FOCI), 0.2))
+    whole = bytearray(path.read_bytes())
+    at = whole.index(io.HEAP) + 16  # the first object: index, references, length
+    whole[at : at + 2] = bytes(2)
+    whole[at + 8 : at + 16] = length.to_bytes(8, "little")
+    path.write_bytes(whole)
+    assert f"object of impossible length {length}" in fault(path)
+
+
 @pytest.mark.parametrize("suffix", STACK_FORMATS)
 def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path, suffix):
     noise = np.random.default_rng(0).poisson(500, (3, 100, 100))

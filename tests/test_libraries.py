@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from depthprob import storage
+from depthprob.config import config_from_dict
 from depthprob.errors import InputError
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.library import ColumnLibrary, load_gram, save_gram
@@ -35,6 +36,10 @@ def built(tmp_path, monkeypatch):
 
 def library():
     return libraries.build_library(COLUMN, MICROSCOPE, DETECTOR, z_range=(-20.0, 20.0))
+
+
+def library_for(config, n_max):
+    return libraries.library_for(config, n_max, lambda items, **_: items)
 
 
 def same(a, b):
@@ -96,3 +101,37 @@ def test_a_library_that_is_none_is_an_input_error(tmp_path, rubbish):
         ColumnLibrary.load(tmp_path / "library.npz")
     with pytest.raises(InputError):
         ColumnLibrary.load(tmp_path / "none.npz")
+
+
+def test_a_library_file_serves_the_settings_it_was_written_for_and_no_others(built, tmp_path):
+    config = lambda **sections: config_from_dict({"inference": {"max_atoms": 2}, "focal_series": {"defocus_A": [-10.0, 10.0]}} | sections)
+    path = tmp_path / "library.npz"
+    libraries.write_library(path, config(), lambda items, **_: items)
+    assert same(libraries.read_library(path, config()), library_for(config(), 2))
+    for section, key, value in (
+        ("microscope", "energy_keV", 200.0), ("microscope", "aberrations", {"C12_A": 20.0}), ("detector", "inner_mrad", 60.0), ("detector", "outer_mrad", 150.0),
+        ("specimen", "tilt_mrad", [1.0, 0.0]), ("specimen", "debye_waller_B_A2", 0.5), ("thermal", "model", "absorptive"), ("simulation", "parametrization", "kirkland"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"for other settings: {section}.{key} is .* in the library and .* in the config"):
+            libraries.read_library(path, config(**{section: {key: value}}))
+    library_for(config(), 2).save(path)
+    with pytest.raises(InputError, match="does not say for which microscope"):
+        libraries.read_library(path, config())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("images", np.zeros((3, 4))), ("images", np.full((4, 6, 6), np.nan)), ("coefficients", np.zeros((3, 9, 7))), ("coefficients", np.zeros((3, 2, 4))), ("cross_section", np.zeros(2)),
+        ("centre", np.zeros(3, complex)), ("z_step", np.array(0.0)), ("spacing", np.array("wide")), ("pixel", np.array([0.1, 0.1])), ("depth_error", np.array([0.1, np.inf, 0.1])),
+    ],
+)  # fmt: skip
+def test_arrays_that_no_library_has_are_refused(tmp_path, name, value):
+    arrays = {"images": np.ones((4, 6, 6), np.float32), "coefficients": np.ones((3, 9, 4)), "cross_section": np.ones(3), "depth_error": np.full(3, np.nan), "centre": np.ones(3)}
+    arrays |= {"pixel": 0.2, "z_start": -20.0, "z_step": 5.0, "element": "Au", "spacing": 4.08, "source_fwhm": 0.7, "band_limit": 2.1}
+    path = tmp_path / "library.npz"
+    storage.save_arrays(path, **arrays)
+    assert ColumnLibrary.load(path).n_max == 3
+    storage.save_arrays(path, **arrays | {name: value})
+    with pytest.raises(InputError, match="is no column library"):
+        ColumnLibrary.load(path)

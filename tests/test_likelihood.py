@@ -1,5 +1,6 @@
 """The joint fit on the packaged library: exact derivatives, recovery within its own bounds, a posterior that agrees."""
 
+import dataclasses
 
 import equinox as eqx
 import jax
@@ -210,6 +211,10 @@ def test_gaussian_peak_finds_an_isolated_column(library):
     # no noise: what is left is the pixels of the disc, 0.4 Å against the correction's 0.1 Å
     assert fit.depth[0] == pytest.approx(5.0, abs=0.5)
     assert abs(fit.correction[0]) > 0.5  # the peak is not the centre of mass
+    for order in (slice(None, None, -1), np.random.default_rng(0).permutation(len(DEFOCUS))):
+        series = dataclasses.replace(SERIES, defocus=np.asarray(SERIES.defocus)[order])
+        again = fit_gaussian_peaks(fraction[order], one.positions, one.n_atoms, library, series, one.image_shifts, radius=0.6)
+        assert again.depth[0] == pytest.approx(fit.depth[0], abs=1e-3)  # the fit stops there
 
 
 def test_a_free_focus_offset_leaves_differences_of_depth(library):

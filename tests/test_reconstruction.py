@@ -125,6 +125,17 @@ def test_thousands_of_columns_are_fitted_jointly():
     assert np.std((fit.volume - 0.1 * 2 * np.pi * 0.25) / fit.volume_sd) == pytest.approx(1.0, abs=0.3)
 
 
+def test_the_sharpest_images_are_the_same_in_whatever_order_they_come():
+    defocus = np.arange(-100.0, 101.0, 10.0)
+    stack = np.exp(-((defocus - 17.0) ** 2) / 800)[:, None, None] * np.random.default_rng(0).random((4, 4))
+    average, chosen = central_average(stack, defocus)
+    assert sorted(defocus[chosen]) == list(np.arange(-20.0, 51.0, 10.0))
+    order = np.random.default_rng(1).permutation(len(defocus))
+    again, others = central_average(stack[order], defocus[order])
+    np.testing.assert_allclose(again, average)
+    assert sorted(order[others]) == sorted(chosen)
+
+
 @needs_particle
 def test_drift_never_hops_a_lattice_period():
     data = np.load(PARTICLE)

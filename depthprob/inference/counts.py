@@ -50,6 +50,7 @@ def depth_shifts(
         for change in range(-REACH, REACH + 1):
             if 1 <= n + change <= library.n_max:
                 out[n - 1, change + REACH] = float(shift(jnp.array(n), jnp.array(n + change)))
+    out[:, REACH] = 0.0  # the count itself, also where the foci see nothing of the depth
     return out
 
 

@@ -75,7 +75,7 @@ def fit_gaussians(defocus: np.ndarray, intensity: np.ndarray, iterations: int = 
     floor = intensity.min(1)
     weight = np.maximum(intensity - floor[:, None], 0) ** 2
     peak = (weight * defocus).sum(1) / np.maximum(weight.sum(1), 1e-30)
-    span = defocus[-1] - defocus[0]
+    span = np.ptp(defocus)
     theta = np.stack([np.ptp(intensity, axis=1), peak, np.full(len(intensity), span / 8), floor], 1)
     damping = np.full(len(intensity), 1e-3)
     scale = np.maximum(np.ptp(intensity, axis=1), 1e-30)
@@ -148,7 +148,7 @@ def fit_gaussian_peaks(
     theta, covariance = fit_gaussians(defocus, intensity)
     correction = correction_curve(library, defocus, radius)[np.asarray(n_atoms) - 1]
     amplitude, peak, width, background = theta.T
-    failed = (amplitude <= 0) | (peak < defocus[0]) | (peak > defocus[-1])
+    failed = (amplitude <= 0) | (peak < defocus.min()) | (peak > defocus.max())
     model = amplitude[:, None] * np.exp(-(((defocus - peak[:, None]) / width[:, None]) ** 2) / 2) + background[:, None]
     depth = np.where(failed, np.nan, peak - correction)
     return PeakFit(depth, np.sqrt(covariance[:, 1, 1]), peak, correction, amplitude, width, background, intensity, model)

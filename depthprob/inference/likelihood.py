@@ -542,8 +542,8 @@ def leverages(estimate: Estimate, problem: Problem) -> np.ndarray:
 class Dispersion(NamedTuple):
     """Variance of the counts over that of Poisson counts (and read noise), and the standard deviation of that estimate if the counts are Poisson's."""
 
-    value: float
-    sd: float
+    value: float | np.ndarray
+    sd: float | np.ndarray
 
 
 def dispersion_of(problem: Problem, rate: np.ndarray) -> Dispersion:
@@ -554,17 +554,30 @@ def dispersion_of(problem: Problem, rate: np.ndarray) -> Dispersion:
     what is counted, which would pass for half the variance. Weights n / (2 n + 1), without read noise, let dark pixels count for little. The P
     fitted parameters take away one degree of freedom each, where the signal is. Dean, J. Am. Stat. Assoc. 87, 451 (1992).
     """
-    variance, used = float(problem.read_variance), np.asarray(problem.mask)
-    total = weights = squares = bright = 0.0
-    for counts, own, seen in zip(problem.counts, rate, used, strict=True):
+    return _dispersion(*(sums.sum() for sums in _dispersion_sums(problem, rate)), len(parameter_names(problem)), np.sum(rate * np.asarray(problem.mask), dtype=float))
+
+
+def image_dispersions(problem: Problem, rate: np.ndarray) -> Dispersion:
+    """`dispersion_of` each image (F,), the fitted parameters shared out evenly; zero where no pixel is used."""
+    used = np.asarray(problem.mask)
+    return _dispersion(*_dispersion_sums(problem, rate), len(parameter_names(problem)) / len(used), np.sum(rate * used, axis=(1, 2), dtype=float))
+
+
+def _dispersion(total, weights, squares, bright, fitted: float, signal) -> Dispersion:
+    some = lambda amount: np.maximum(amount, DARKEST)
+    return Dispersion(total / some(weights - fitted * bright / some(signal)), squares**0.5 / some(weights))
+
+
+def _dispersion_sums(problem: Problem, rate: np.ndarray) -> np.ndarray:
+    """Of each image (4, F): weighted squared residuals, weights, variance of the former under Poisson noise, and weighted signal."""
+    variance, sums = float(problem.read_variance), []
+    for counts, own, seen in zip(problem.counts, rate, np.asarray(problem.mask), strict=True):
         own = np.maximum(np.asarray(own, float), DARKEST)
         counts, level = np.asarray(counts, float), own + variance
         weight = np.where(seen, 1 / (2 + own / level**2), 0.0)
-        total += (weight * (1 + ((counts - own) ** 2 - counts - variance) / level)).sum()
-        weights, bright = weights + weight.sum(), bright + (weight * own).sum()
-        squares += (weight**2 * (2 + variance / level**2)).sum()
-    fitted = len(parameter_names(problem)) * bright / float(np.sum(rate * used, dtype=float))
-    return Dispersion(float(total / (weights - fitted)), float(squares**0.5 / weights))
+        excess = 1 + ((counts - own) ** 2 - counts - variance) / level
+        sums.append([(weight * excess).sum(), weight.sum(), (weight**2 * (2 + variance / level**2)).sum(), (weight * own).sum()])
+    return np.array(sums).T
 
 
 def over_dispersed(problem: Problem, rate: np.ndarray) -> Problem:

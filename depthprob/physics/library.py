@@ -118,14 +118,31 @@ class ColumnLibrary(eqx.Module):
         weights = np.asarray(self.weights(jnp.array([n]), jnp.asarray(z)[None])[0])
         return np.tensordot(weights, basis, 1)
 
-    def save(self, path: str | Path) -> None:
-        """Write as npz, whole or not at all."""
-        _save(path, self)
+    def save(self, path: str | Path, **beside) -> None:
+        """Write as npz, whole or not at all, with whatever arrays shall stand beside."""
+        _save(path, self, **beside)
 
     @classmethod
     def load(cls, path: str | Path) -> "ColumnLibrary":
-        """Read what `save` wrote."""
-        return _load(path, cls)
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        InputError
+            Missing, damaged, of another version, or holding arrays that no library has.
+        """
+        library = _load(path, cls)
+        rank, many = np.shape(library.images)[:1], np.shape(library.coefficients)[:1]
+        shapes = {"images": (*rank, -1, -1), "coefficients": (*many, -1, *rank), "cross_section": many, "depth_error": many, "centre": many}
+        shapes |= dict.fromkeys(("pixel", "z_start", "z_step", "spacing", "source_fwhm", "band_limit"), ())
+        for name, shape in shapes.items():
+            value = np.asarray(getattr(library, name))
+            fits = value.ndim == len(shape) and value.size > 0 and all(want in (-1, n) for want, n in zip(shape, value.shape, strict=True))
+            if not fits or value.dtype.kind not in "iuf" or np.isinf(value).any() or (name != "depth_error" and np.isnan(value).any()):
+                raise InputError(f"{str(path)!r} is no column library: its {name} is {value.dtype}{value.shape}, or not all finite. Build it again.")
+        if min(library.pixel, library.z_step, library.spacing, library.band_limit) <= 0 or library.coefficients.shape[1] < 4:
+            raise InputError(f"{str(path)!r} is no column library: its pixels, steps of depth and spacing must be above zero, and its depths at least two. Build it again.")
+        return library
 
 
 def at_points(images: Float[np.ndarray, "image v u"], pixel: float, x: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "image y x"]:
@@ -546,8 +563,8 @@ def load_gram(path: str | Path) -> ColumnGram:
     return _load(path, ColumnGram)
 
 
-def _save(path, module) -> None:
-    save_arrays(path, **{f.name: np.asarray(getattr(module, f.name)) for f in dataclasses.fields(module)})
+def _save(path, module, **beside) -> None:
+    save_arrays(path, **{f.name: np.asarray(getattr(module, f.name)) for f in dataclasses.fields(module)}, **beside)
 
 
 def _load(path, cls):

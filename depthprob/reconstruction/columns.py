@@ -35,14 +35,14 @@ class ColumnFit(NamedTuple):
 
 
 def central_average(stack: np.ndarray, defocus: np.ndarray, n_images: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the n consecutive aligned images of highest contrast, and their indices.
+    """Mean of the n aligned images, consecutive in focus, of highest contrast, and their indices.
 
     For a series centred on the particle these are the central images, as in the paper.
     """
     n = min(n_images, len(stack))
-    contrast = stack.var((1, 2))
-    window = np.convolve(contrast, np.ones(n), "valid")
-    chosen = np.argmax(window) + np.arange(n)
+    order = np.argsort(defocus)
+    window = np.convolve(stack.var((1, 2))[order], np.ones(n), "valid")
+    chosen = order[np.argmax(window) + np.arange(n)]
     return stack[chosen].mean(0), chosen
 
 

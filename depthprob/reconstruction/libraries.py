@@ -21,6 +21,7 @@ from ..physics.library import ColumnLibrary, build_gram, is_round, library_from_
 from ..physics.optics import Microscope
 from ..physics.specimen import Column
 from ..physics.thermal import absorptive_gram, thermal_gram
+from ..storage import load_arrays
 from .lattice import CrystalColumns, UnitCell, crystal_columns, unit_cell
 
 SCRAMBLINGS = 8  # fewer make no depth error one can trust
@@ -248,6 +249,47 @@ def gram_for(config: Config, n_max: int, progress: Callable, scramblings: int = 
 def library_for(config: Config, n_max: int, progress: Callable) -> ColumnLibrary:
     """`build_library` for the config's columns up to n_max atoms and its foci."""
     return _library_of(gram_for(config, n_max, progress), microscope_of(config), z_range_of(config))
+
+
+def settings_of_library(config: Config) -> dict:
+    """What of the config decides a library beside element, spacing and foci, by its keys."""
+    detector = detector_of(config).record
+    return {f"microscope.{key}": value for key, value in config.as_dict()["microscope"].items()} | {
+        "detector.inner_mrad": detector["inner"],
+        "detector.outer_mrad": detector["outer"],
+        "detector.sensitivity": detector["sensitivity"],
+        "specimen.debye_waller_B_A2": float(config.specimen.debye_waller_b),
+        "specimen.tilt_mrad": config.specimen.tilt_mrad,
+        "thermal.model": config.thermal.model,
+        "simulation.parametrization": config.simulation.parametrization,
+    }
+
+
+def write_library(path, config: Config, progress: Callable) -> None:
+    """Build the library of the config's columns up to inference.max_atoms (else specimen.n_atoms) and write it, with the settings it is for."""
+    library = library_for(config, config.inference.max_atoms or config.specimen.n_atoms, progress)
+    library.save(path, settings=json.dumps(settings_of_library(config)))
+
+
+def read_library(path, config: Config) -> ColumnLibrary:
+    """A library that `write_library` wrote, for the config's microscope, detector and crystal.
+
+    Raises
+    ------
+    InputError
+        Not such a file, or one for other settings.
+    """
+    library = ColumnLibrary.load(path)
+    try:
+        theirs = json.loads(str(load_arrays(path)["settings"]))
+    except (KeyError, ValueError):
+        raise InputError(f"{str(path)!r} does not say for which microscope and detector it is. Build it again with `depthprob library`.") from None
+    ours = json.loads(json.dumps(settings_of_library(config)))
+    unlike = [key for key in ours if theirs.get(key) != ours[key]]
+    if unlike:
+        said = "; ".join(f"{key} is {theirs.get(key)} in the library and {ours[key]} in the config" for key in unlike)
+        raise InputError(f"{str(path)!r} is for other settings: {said}. Build it for these with `depthprob library`, or give none to have it built.")
+    return library
 
 
 def neighbouring_libraries(config: Config, n_max: int, progress: Callable) -> dict[str, tuple[ColumnLibrary, float]]:

@@ -20,13 +20,13 @@ from ..inference.posterior import infer, to_arviz
 from ..io import Stack, read_drift_csv
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
+from . import quality
 from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .joint import SCALE_SD, column_depths, fit_jointly
 from .lattice import snap
-from .libraries import atoms_needed, column_geometry, crystal_of, library_for, neighbouring_libraries
-from .quality import doubts_of_estimators, doubts_of_fit, doubts_of_settings
+from .libraries import atoms_needed, column_geometry, crystal_of, library_for, neighbouring_libraries, read_variance_of
 from .surface import ColumnEnds, Surface, column_ends, count_variance, find_surface
 
 GAUGE = "absolute: z = 0 is the plane in focus at defocus 0 (the focus offset is held at zero)"
@@ -260,7 +260,16 @@ def reconstruct(
     leverage = None if fit is local else likelihood.leverages(estimate, problem)
     fit_quality = goodness_of_fit(estimate.parameters, problem, rate, leverage)
     spread = likelihood.dispersion_of(problem, rate)
-    warnings = [*doubts_of_estimators(depths.mean, gaussian_depth), *doubts_of_settings(tested, config, float(np.median(depths.sd))), *doubts_of_fit(joint, fit_quality, spread, config)]
+    warnings = [
+        *quality.doubts_of_counts(stack.data, dose, pixel, columns.width, read_variance_of(config)),
+        *quality.doubts_of_images(likelihood.image_dispersions(problem, rate), parameters["log_gain"], defocus, config),
+        *quality.doubts_of_field(positions, shifts, series.shape, pixel, periodic),
+        *quality.doubts_of_depths(parameters["depth"], defocus),
+        *quality.doubts_of_thickness(n_atoms, positions, geometry.spacing, config.microscope.convergence_angle_mrad),
+        *quality.doubts_of_estimators(depths.mean, gaussian_depth),
+        *quality.doubts_of_settings(tested, config, float(np.median(depths.sd))),
+        *quality.doubts_of_fit(joint, fit_quality, spread, config),
+    ]
     expected = rate / (dose * pixel**2)[:, None, None]
     joint_series = disc_averages(expected, positions, shifts, pixel, disc_radius(positions), periodic)
     drift_px = shifts / pixel

@@ -1,13 +1,162 @@
-"""What a user should know before trusting a reconstruction: sentences of warning, from the fit and its residuals."""
+"""What a user should know before trusting a reconstruction: sentences of warning, from the counts, the fit and its residuals."""
 
 import numpy as np
+from scipy.ndimage import convolve
+from scipy.spatial import cKDTree
+from scipy.stats import binom, poisson
 
 from ..config import Config
 from ..inference.held import Asked
 from ..inference.likelihood import Dispersion
+from ..physics.electron import wavelength
 from .joint import JointFit
 
+FALSE_ALARM = 1e-6  # chance that a test of the counts calls a sound series in question
+DARK = 20.0  # times as bright as a line its neighbours may be: in a band-limited image the flank of a column falls by less from pixel to pixel
+SPREAD = 0.3  # of the way to its neighbours, within which a beam meets a column alone
+EDGE = 20.0  # Å from the end of the foci within which half of a column's peak is missing
 HELD = "beam energy, convergence angle, aberrations, detector angles, Debye-Waller factor, source size, foci"
+
+
+def doubts_of_counts(counts: np.ndarray, dose: np.ndarray, pixel_size: float, column_width: float, read_variance: float = 0.0) -> list[str]:
+    """Warnings of counts (F, ny, nx) that no series of a particle has: saturated, dead, hot, more than the dose, or the same image twice.
+
+    Parameters
+    ----------
+    dose : (F,)
+        [e/Å^2].
+    pixel_size, column_width : float
+        [Å]; the width is the standard deviation of the columns on the average image.
+    read_variance : float
+        Of the read noise [e^2]: counts and it together are taken for Poisson's.
+    """
+    found = []
+    top = counts.max()
+    near = counts[counts >= top - max(top + read_variance, 0.0) ** 0.5]
+    held = int(np.sum(near == top))
+    # values become rarer towards the largest: of those within its Poisson noise it is not the commonest
+    if binom.sf(held - 1, len(near), 1 / len(np.unique(near))) < FALSE_ALARM:
+        found.append(f"{held} pixels hold the largest value, {top:.4g} e, too many for chance: the detector or its converter saturates. Bright columns are counted and placed wrongly; record with less gain.")
+    everywhere, here = dark_lines(counts.sum(0, keepdims=True)), dark_lines(counts)
+    if len(dark := everywhere if len(everywhere) else here):
+        image, line, axis = dark[0]
+        where = "every image" if len(everywhere) else f"image {image}"
+        found.append(f"{len(dark)} lines of pixels are dark between bright ones, the first {' yx'[axis]} = {line} of {where}: dead lines of the detector, or a scan that stopped. Crop them off, or leave these images and their foci out.")
+    noisy = np.maximum(np.round(counts + read_variance), 0)
+    around = convolve(noisy, np.array([[[1.0, 1, 1], [1, 0, 1], [1, 1, 1]]]), mode="nearest")
+    hot = np.argwhere(hot_pixels(noisy, around, pixel_size / column_width))
+    if len(hot):
+        image, y, x = hot[0]
+        found.append(f"{len(hot)} pixels stand out of their neighbours as no column does, the first in image {image} at (y, x) = ({y}, {x}) with {counts[image, y, x]:.4g} e: hot pixels or stray radiation. Replace them by their neighbours' mean before anything is fitted.")
+    brightest, sent = (noisy + around).max((1, 2)), dose * pixel_size**2  # of squares of nine pixels; in each
+    if np.any(poisson.sf(brightest - 1, 9 * (sent + read_variance)) * counts.size < FALSE_ALARM):
+        found.append(f"The brightest place holds {((brightest / 9 - read_variance) / sent).max():.2f} times the electrons that the dose sends there: dose, pixel size or detector.gain is wrong.")
+    seen: dict[bytes, int] = {}
+    is_noisy = np.array_equal(counts, np.round(counts))  # expected counts may be alike above and below focus
+    twins = [(seen[key], i) for i, image in enumerate(counts) if is_noisy and seen.setdefault(key := image.tobytes(), i) != i]
+    if twins:
+        found.append(f"{len(twins)} images are copies of others, the first image {twins[0][1]} of image {twins[0][0]}: one of them has a wrong focus, and the noise of both is counted twice.")
+    return found
+
+
+def dark_lines(counts: np.ndarray) -> np.ndarray:
+    """Image, line and axis (1 for rows, 2 for columns) (K, 3) of lines of images (F, ny, nx) whose pixels are all alike and dark, with bright lines on both sides."""
+    lines = []
+    for axis in (1, 2):
+        images = np.moveaxis(counts, axis, 1)
+        total, alive = images.sum(2), np.ptp(images, axis=2) > 0
+        places = np.arange(total.shape[1])
+        before = np.maximum.accumulate(np.where(alive, places, -1), 1)
+        after = np.minimum.accumulate(np.where(alive, places, len(places))[:, ::-1], 1)[:, ::-1]
+        beside = np.stack([np.take_along_axis(total, np.clip(at, 0, len(places) - 1), 1) for at in (before, after)])
+        beside = np.where([before < 0, after == len(places)], np.inf, beside).min(0)
+        dark = ~alive & (total < beside / DARK) & (beside / DARK > np.log(total.size / FALSE_ALARM)) & np.isfinite(beside)
+        lines += [(image, line, axis) for image, line in np.argwhere(dark)]
+    return np.array(lines, int).reshape(-1, 3)
+
+
+def hot_pixels(counts: np.ndarray, around: np.ndarray, width: float) -> np.ndarray:
+    """Pixels (F, ny, nx) that outshine the eight `around` them, together, by twice as much as the middle of a column does, beyond chance.
+
+    Given the sum of a pixel and its neighbours, a Poisson pixel that is r times as bright as their mean holds a binomial share r / (r + 8).
+    `width` is the pixel over the standard deviation of a column.
+    """
+    bell = np.exp(-0.5 * width**2)
+    share = 1 / (1 + 2 * (bell + bell**2))
+    hot = counts > share * (counts + around)
+    hot[hot] = binom.sf(counts[hot] - 1, (counts + around)[hot], share) * counts.size < FALSE_ALARM
+    return hot
+
+
+def doubts_of_images(each: Dispersion, log_gain: np.ndarray, defocus: np.ndarray, config: Config) -> list[str]:
+    """Warnings of single images (F,) that the fit of the others does not describe: another field, a wrong focus, no columns.
+
+    What is wrong with the model changes little within the depth of focus, wavelength / angle^2; what is wrong with one image alone does. An
+    image is doubted whose excess over Poisson's variance is twice that of every other within this depth of it, by more than chance.
+    """
+    found = []
+    lens = config.microscope
+    depth_of_focus = float(wavelength(lens.energy_keV * 1e3)) / (lens.convergence_angle_mrad * 1e-3) ** 2
+    near = (abs(defocus[:, None] - defocus) <= depth_of_focus) & ~np.eye(len(defocus), dtype=bool)
+    others = np.where(near, each.value, -np.inf).max(1)
+    noise = np.hypot(each.sd * np.maximum(each.value, 1), each.sd * np.maximum(others, 1))
+    odd = (near.sum(1) >= 2) & (each.value - 1 > 2 * np.maximum(others - 1, 0)) & (each.value - others > 5 * noise)
+    if odd.any():
+        k = int(np.argmax(np.where(odd, each.value, 0)))
+        found.append(
+            f"Image {k} does not belong to the others: it scatters about the fit with {each.value[k]:.2f} times Poisson's variance, those next to it in focus with at most {others[k]:.2f}"
+            + (f"; likewise {_listed(np.flatnonzero(odd & (np.arange(len(odd)) != k)))}" if odd.sum() > 1 else "")
+            + ". Another field, a wrong focus or damage: look at it, and leave it and its focus out."
+        )
+    brightness = np.exp(log_gain - np.median(log_gain))
+    faint = np.flatnonzero((brightness < 0.5) | (brightness > 2))
+    if len(faint):
+        found.append(f"Columns in {_listed(faint, 'image')} are {brightness[faint[0]]:.2f} times as bright as in the others: no particle there, a blanked beam, or another dose.")
+    return found
+
+
+def doubts_of_field(positions: np.ndarray, shifts: np.ndarray, shape: tuple[int, int], pixel_size: float, periodic: bool) -> list[str]:
+    """A warning of columns (C, 2) [Å] that the drift (F, 2) [Å] carries out of images of `shape` pixels (y, x)."""
+    places = positions[:, None] + shifts
+    outside = ((places < 0) | (places > (np.array(shape[::-1]) - 1) * pixel_size)).any(2)
+    if periodic or not outside.any():
+        return []
+    return [f"Drift carries {outside.any(1).sum()} of {len(positions)} columns out of the field, in up to {outside.sum(1).max()} of {len(shifts)} images; as many that are not in the fit may have come in on the other side. Crop the series to what all images show."]
+
+
+def doubts_of_depths(depth: np.ndarray, defocus: np.ndarray) -> list[str]:
+    """Warnings of depths (C,) beyond the foci (F,) or near their ends [Å]."""
+    low, high = float(defocus.min()), float(defocus.max())
+    beyond = int(np.sum((depth < low) | (depth > high)))
+    edge = int(np.sum((depth < low + EDGE) | (depth > high - EDGE))) - beyond
+    found = []
+    if beyond:
+        found.append(f"{beyond} of {len(depth)} columns lie beyond the foci, at depths of {depth.min():.0f} to {depth.max():.0f} Å for foci of {low:g} to {high:g} Å: the series does not reach them. Record foci on both sides of the particle.")
+    if edge:
+        found.append(f"{edge} of {len(depth)} columns lie within {EDGE:g} Å of the end of the focus range: their depths hang on half a peak.")
+    return found
+
+
+def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float) -> list[str]:
+    """A warning of columns (C,) too thick for a sum of isolated columns.
+
+    Within a column of thickness t the beam of semi-angle a [mrad] spreads to a t / 2, and what its neighbours, at a distance d, scatter of it is
+    missing. Against full multislice, gold along [001], 300 kV, 21 mrad: depths are off by 0.01 Å rms at a t / 2 d = 0.15, by 0.03 Å at 0.23 and by 0.2 to 0.4 Å,
+    as much as the bounds, at 0.30.
+    """
+    thickness = n_atoms * spacing
+    if len(positions) < 2:
+        return []
+    nearest = cKDTree(positions).query(positions, 2)[0][:, 1]
+    thick = 1e-3 * angle * thickness > 2 * SPREAD * nearest
+    if not thick.any():
+        return []
+    limit = 2e3 * SPREAD * np.median(nearest) / angle
+    return [f"{thick.sum()} of {len(thick)} columns are thicker than {limit:.0f} Å (up to {thickness.max():.0f} Å): the beam spreads in them towards their neighbours, and a sum of isolated columns is wrong by as much as the error bars say, which do not know of it. Simulate structure.xyz in full to see by how much."]
+
+
+def _listed(numbers: np.ndarray, word: str = "image") -> str:
+    return f"{word}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:12]))}{', ...' * (len(numbers) > 12)}"
 
 
 def doubts_of_estimators(depth: np.ndarray, gaussian_depth: np.ndarray) -> list[str]:
@@ -20,7 +169,7 @@ def doubts_of_estimators(depth: np.ndarray, gaussian_depth: np.ndarray) -> list[
 def doubts_of_fit(joint: JointFit, fit_quality: np.ndarray, spread: Dispersion, config: Config) -> list[str]:
     """Warnings of a joint fit with its columns' goodness of fit (C,) and the dispersion of its counts."""
     problem, parameters = joint.problem, joint.estimate.parameters
-    n_atoms, depth, defocus = (np.asarray(a) for a in (problem.n_atoms, parameters["depth"], problem.series.defocus))
+    n_atoms = np.asarray(problem.n_atoms)
     library_sd, log_gain = np.nanmax(problem.library.depth_error[n_atoms - 1]), float(np.mean(parameters["log_gain"]))
     found = []
     if not joint.settled:
@@ -35,12 +184,19 @@ def doubts_of_fit(joint: JointFit, fit_quality: np.ndarray, spread: Dispersion, 
         found.append("The absorptive library is brighter than frozen phonons, by 2 to 11 % from three to ten atoms of gold, and its error is not in the error bars: counts and depths are provisional.")
     if config.inference.noise != "over_dispersed" and spread.value > max(1.2, 1 + 5 * spread.sd):
         found.append(f"Counts scatter about the fit with {spread.value:.2f} times Poisson's variance: error bars are too small. See goodness of fit, or set inference.noise = \"over_dispersed\".")
+    if spread.value < min(1 / 1.2, 1 - 5 * spread.sd):
+        found.append(f"Counts scatter about the fit with only {spread.value:.2f} times Poisson's variance: they are not numbers of electrons, but scaled, averaged, denoised or free of noise. Counts of atoms and error bars cannot be trusted; set signal = \"raw\" with detector.gain and offset, and give unprocessed images.")
+    faint = joint.amplitudes.value < 5 * joint.amplitudes.sd
+    if faint.any():
+        found.append(f"{faint.sum()} of {len(faint)} columns are not five standard deviations brighter than nothing: noise may have passed for columns.")
+    most = problem.library.n_max
+    brighter = (n_atoms == most) & (joint.amplitudes.value > 1 + 0.5 / most)
+    if brighter.any():
+        found.append(f"{brighter.sum()} columns are brighter than the library's longest, of {most} atoms, and are counted as that: raise inference.max_atoms, or check the dose.")
     if not joint.estimate.converged:
         found.append("The joint fit had not converged.")
     if abs(joint.amplitudes.value.mean() - 1) > 0.05 or abs(log_gain) > 0.05:
         found.append(f"Intensities are {np.exp(log_gain):.3f} times the library's: check dose, gain and detector angles.")
-    if np.any(depth - defocus.min() < 20) or np.any(defocus.max() - depth < 20):
-        found.append("Some columns lie within 20 Å of the end of the focus range: their depths hang on half a peak.")
     if library_sd > 0.1:
         found.append(f"The library's own Monte-Carlo error reaches {library_sd:.2f} Å of depth here; it is included in the error bars. More thermal configurations would lower it.")
     return found
