@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..devices import SPREAD, WHOLE, filled, spread
+from ..devices import SPREAD, WHOLE, filled, on_all, spread
 from ..physics.focal_series import FocalSeries, background_images, smooth_functions
 from ..physics.library import ColumnLibrary
 from ..physics.windows import WindowRenderer, draw_windows, window_renderer
@@ -112,13 +112,18 @@ def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray
 
 @partial(jax.jit, static_argnames=("derivatives", "widening_too"))
 def _draw_spread(n_atoms, z, offset, source_variance, library, draw, derivatives: bool, widening_too: bool) -> Float[Array, "column kind w w"]:
-    function = partial(draw_windows, derivatives=derivatives, widening_too=widening_too)
-    return spread(function, (SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE))(n_atoms, z, offset, source_variance, library, draw)
+    """Windows of all columns; of columns of no atoms, zero."""
+
+    def own(n_atoms, z, offset, source_variance, library, draw):
+        drawn = draw_windows(jnp.maximum(n_atoms, 1), z, offset, source_variance, library, draw, derivatives, widening_too)
+        return drawn * (n_atoms > 0)[:, None, None, None]
+
+    return spread(own, (SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE))(n_atoms, z, offset, source_variance, library, draw)
 
 
 @partial(jax.jit, static_argnames=("shape",))
-def _paint(windows: Float[Array, "column kind w w"], corners: Array, shape: tuple[int, int]) -> Float[Array, "kind y x"]:
-    """Sum of all windows, each at its corner (y, x), on a canvas of that shape."""
+def _paint(windows: Float[Array, "column kind w w"], corners: Array, shape: tuple[int, int]) -> Float[Array, "device kind y x"]:
+    """Sum of all windows of each device, each window at its corner (y, x), on a canvas of that shape."""
     _, kinds, side, _ = windows.shape
 
     def add(canvas, item):
@@ -127,8 +132,8 @@ def _paint(windows: Float[Array, "column kind w w"], corners: Array, shape: tupl
         seen = jax.lax.dynamic_slice(canvas, start, (kinds, side, side))
         return jax.lax.dynamic_update_slice(canvas, seen + window, start), None
 
-    own = lambda windows, corners: jax.lax.psum(jax.lax.scan(add, jnp.zeros((kinds, *shape), windows.dtype), (windows, corners))[0], "device")
-    return spread(own, (SPREAD, SPREAD), WHOLE)(windows, corners)
+    own = lambda windows, corners: jax.lax.scan(add, jnp.zeros((kinds, *shape), windows.dtype), (windows, corners))[0][None]
+    return spread(own, (SPREAD, SPREAD))(windows, corners)
 
 
 @jax.jit
@@ -197,10 +202,9 @@ def _plain(parameters: dict) -> dict:
 
 def _draw(parameters: dict, problem: Problem, window: Window, placed: _Placed, derivatives: bool) -> Float[Array, "column kind w w"]:
     """Windows of all columns in one image; of those that fill up, zero."""
-    n = np.pad(np.asarray(problem.n_atoms), (0, len(placed.z) - len(problem.n_atoms)), constant_values=1)
+    n = np.pad(np.asarray(problem.n_atoms), (0, len(placed.z) - len(problem.n_atoms)))
     variance = jnp.asarray(parameters["source_variance"], jnp.float32)
-    drawn = _draw_spread(jnp.asarray(n), jnp.asarray(placed.z), jnp.asarray(placed.offsets), variance, problem.library, window.draw, derivatives, "source_variance" in problem.free)
-    return drawn if len(n) == len(problem.n_atoms) else drawn.at[len(problem.n_atoms) :].set(0.0)
+    return _draw_spread(jnp.asarray(n), jnp.asarray(placed.z), jnp.asarray(placed.offsets), variance, problem.library, window.draw, derivatives, "source_variance" in problem.free)
 
 
 def rates(parameters: dict, problem: Problem, windows: list[Window] | None = None) -> np.ndarray:
@@ -256,7 +260,7 @@ def evaluate(
         placed = _place(parameters, problem, i, window.half, pad)
         drawn = _draw(parameters, problem, window, placed, derivatives)
         corners = jnp.asarray(placed.corners)
-        layers = _fold(np.asarray(_paint(drawn, corners, (ny + 2 * pad, nx + 2 * pad))), pad, periodic).astype(float)
+        layers = _fold(np.asarray(_paint(drawn, corners, (ny + 2 * pad, nx + 2 * pad))).sum(0), pad, periodic).astype(float)
         signal = scale[i] * gain[i] * layers[0]
         own_rate = np.maximum(signal + scale[i] * background[i], DARKEST)
         rate[i] = own_rate
@@ -378,9 +382,9 @@ def column_information(
         total = jnp.zeros((len(members), n_kinds * members.shape[1], n_kinds * members.shape[1]), jnp.float32)
         for i in window.images.tolist():
             placed = _place(sub, small, i, window.half, pad)
-            drawn = _draw(sub, small, window, placed, not amplitude)[:, kinds]
+            drawn = np.asarray(_draw(sub, small, window, placed, not amplitude))[:, kinds]
             nobody = len(drawn)
-            drawn = jnp.pad(drawn, [(0, 1), (0, 0), (TILE, TILE), (TILE, TILE)])  # the last, all zero
+            drawn = on_all(np.pad(drawn, [(0, 1), (0, 0), (TILE, TILE), (TILE, TILE)]))  # the last, all zero
             weight = np.asarray(problem.mask[i]) / (np.maximum(rate[i].astype(float), DARKEST) + variance) / dispersion * (scale[i] * gain[i]) ** 2
             weight = np.pad(_unfold(weight[None], pad, periodic)[0], [(0, TILE), (0, TILE)])
             if periodic:  # count each pixel once: only the image itself

@@ -3,8 +3,8 @@
     python tests/benchmarks/large_fields.py LIBRARY.npz FOLDER [columns ...]
 
 Makes the rounded tip of a gold nanorod along [001] of about so many columns (default 500, 1500, 6000) and up to LIBRARY's number of
-atoms, by superposition of that library: it tests size, not truth. LIBRARY for 45 atoms: `depthprob library` with thermal.model
-"absorptive" and inference.max_atoms 45. Then reconstructs each in a process of its own and prints seconds, memory and depth errors;
+atoms, by superposition of that library: it tests size, not truth. LIBRARY for 45 atoms: `depthprob library` with
+inference.max_atoms 45. Then reconstructs each in a process of its own and prints seconds, memory and depth errors;
 FOLDER/large_fields.png shows time and memory.
 """
 
@@ -19,8 +19,6 @@ import numpy as np
 CONFIG = """
 [focal_series]
 pixel_size_A = 0.51
-[thermal]
-model = "absorptive"
 [inference]
 method = "laplace"
 samples = 100
@@ -28,20 +26,18 @@ samples = 100
 
 
 def rod(n_columns: int, n_max: int, spacing: float = 4.08):
-    """Positions (C, 2), atoms and depths of the columns of a rod lying along x with a hemispherical end; as thick as the library allows."""
+    """Positions (C, 2), atoms and depths of the columns of a rod of fcc along x, seen along [001], with a hemispherical end and its axis bent; as thick as the library allows."""
     radius = (n_max - 2) * spacing / 2
-    width = min(radius, np.sqrt(n_columns * 8.32 / 2.6))  # narrower than the cylinder for small fields: the middle of it
-    length = n_columns * 8.32 / (2 * width)
-    i, j = np.meshgrid(np.arange(int(length / 2.04)), np.arange(-int(width / 2.04), int(width / 2.04) + 1))
-    keep = (i + j) % 2 == 0
-    x, y = 2.04 * i[keep], 2.04 * j[keep]
-    tip = np.minimum(x - radius, 0.0) if n_columns > 2000 else 0 * x
+    step = spacing / 2
+    width = min(radius, np.sqrt(n_columns * step**2 / 2.6))  # narrower than the cylinder for small fields: the middle of it
+    length = n_columns * step**2 / (2 * width) + 0.3 * width * (width == radius)
+    i, j = (a.ravel() for a in np.meshgrid(np.arange(int(length / step)), np.arange(-int(width / step), int(width / step) + 1)))
+    x, y = step * i, step * j
+    tip = np.minimum(x - radius, 0.0)
     half = np.sqrt(np.maximum(radius**2 - y**2 - tip**2, 0))
-    rng = np.random.default_rng(1)
-    top = -half + rng.uniform(0, 3, len(x))
-    phase = ((i[keep] + 0) % 2) * spacing / 2
-    first = np.ceil((top - phase) / spacing) * spacing + phase
-    n = np.floor((half - first) / spacing).astype(int) + 1
+    middle, phase = 4 * np.sin(x / 30), (i + j) % 2 * step
+    first = np.ceil((middle - half - phase) / spacing) * spacing + phase
+    n = np.floor((middle + half - first) / spacing).astype(int) + 1
     ok = (n >= 2) & (n <= n_max)
     return np.stack([x, y + width], 1)[ok] + 16.0, n[ok], (first + (n - 1) * spacing / 2)[ok]
 
