@@ -823,12 +823,16 @@ def read_atoms(path: Path):
 
 
 def _check_atoms(lines: Sequence[str], kind: str) -> None:
-    """Refuse a file whose lines are fewer than the atoms it declares: ASE would make room for them, or look for their lines, one by one."""
+    """Refuse a file that declares more atoms, or columns, than it has lines or characters for: ASE would make room for them, or look for them one by one."""
     declared = 0
     if kind == "extxyz":  # frames of a number, a comment, atoms, and perhaps vectors
-        at = 0
+        at, longest = 0, max(map(len, lines), default=0)
         while at < len(lines) and lines[at].strip():
             declared = int(lines[at])
+            properties = re.search(r'properties="?([^\s"]*)', "".join(lines[at + 1 : at + 2]), re.IGNORECASE)
+            columns = sum(int(n) for n in properties[1].split(":")[2::3]) if properties else 0
+            if columns > longest:
+                raise ValueError(f"it declares {columns} columns in lines of {longest} characters")
             at += declared + 2
             if not 0 <= declared <= len(lines):
                 break

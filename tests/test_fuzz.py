@@ -234,7 +234,7 @@ def test_an_altered_structure_is_read_or_refused(tmp_path, name):
     [
         ("atoms.xyz", "1000000000\n\nAu 0 0 0\n", "declares 1000000000 atoms in 3 lines"),
         ("atoms.xyz", "1\n\nAu 0 0 0\n-5\n\n", "declares -5 atoms"),
-        ("atoms.xyz", "1\nProperties=species:S:1:pos:R:3:x:R:1000000000000\nAu 0 0 0\n", "cannot read"),
+        ("atoms.xyz", "1\nProperties=species:S:1:pos:R:3:x:R:1000000000000\nAu 0 0 0\n", "declares 1000000000004 columns in lines of"),
         ("atoms.xyz", "", "cannot read"),
         ("atoms.xyz", "0\n\n", "holds no atoms"),
         ("POSCAR", "Au\n1.0\n4 0 0\n0 4 0\n0 0 4\nAu\n1000000000\nDirect\n0 0 0\n", "declares 1000000000 atoms in 9 lines"),
