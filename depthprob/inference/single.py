@@ -22,7 +22,7 @@ STEPS = 8  # tabulated positions per pixel; between them a second-order expansio
 FREE = ("depth", "x", "y", "log_gain", "log_background")
 LARGEST_STEP = (10.0, 0.15, 0.15, 0.3, 1.5)
 NEAR = 1.6  # Å from the middle of a patch along x and y: pixels enough to bring a fit close
-CLOSER, WHOLE = 4, 3  # steps of scoring with these pixels, and with all
+CLOSER, WHOLE = 4, 4  # steps of scoring with these pixels, and with all; least squares, which converges more slowly, takes twice as many of the latter
 
 
 class SingleFit(NamedTuple):
@@ -140,7 +140,7 @@ def _fit(patches, near, n, start, scan, free, library, tables, defocus, scale, n
 
         theta = start.at[0].set(scan[jnp.argmax(jax.lax.map(log_likelihood, scan))])
         theta = jax.lax.fori_loop(0, CLOSER, lambda _, theta: step(theta, counts[:, near], tables_near)[0], theta)
-        theta = jax.lax.fori_loop(0, WHOLE - 1, lambda _, theta: step(theta, counts, tables)[0], theta)
+        theta = jax.lax.fori_loop(0, (1 + least_squares) * WHOLE - 1, lambda _, theta: step(theta, counts, tables)[0], theta)
         theta, last, (rows, root, rate) = step(theta, counts, tables)
         information = lambda factor: ((rows * factor) @ (rows * factor).T).astype(float)
         ratio = jnp.sqrt(rate).ravel() / root
