@@ -71,7 +71,7 @@ rows += dp.compare_estimators(library, defocus, numbers, (9612.0,), estimators, 
 # Dots with bars of one standard error; the line is the bound with lateral position and background unknown.
 
 # %%
-styles = dict(zip(estimators, (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "x")), strict=True))
+styles = dict(zip(estimators, (("#0072B2", "o"), ("#CC79A7", "^"), ("#D55E00", "s"), ("#009E73", "x")), strict=True))
 fig, axes = plt.subplots(1, len(numbers), figsize=(2.6 * len(numbers), 3.2), sharey=True, layout="constrained")
 for ax, n in zip(axes, numbers, strict=True):
     for name in estimators:

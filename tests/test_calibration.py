@@ -92,7 +92,7 @@ def test_an_overconfident_model_is_caught_by_the_same_check(problem, method, fit
 @pytest.mark.parametrize("dose", [9612.0, 1000.0])
 @pytest.mark.parametrize("method", ["laplace", "svi", "nuts"])
 def test_intervals_cover_at_their_rate_within_binomial_error(library, method, dose):
-    fits = {"laplace": 400, "svi": 100, "nuts": 100}[method]
+    fits = {"laplace": 1000, "svi": 200, "nuts": 200}[method]
     found = calibrate(problem_of(library, 9, dose), method, jax.random.key(7), fits)
     assert found.failed <= fits // 50
     for name, places in found.places.items():

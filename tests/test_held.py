@@ -91,3 +91,25 @@ def test_the_warning_names_what_is_given_and_what_is_asked_strongest_first():
     assert warning.startswith("The residuals ask for focus steps 0.970 ± 0.001 times those given (30 standard deviations; depths would move by up to 0.6 Å); or")
     assert warning.endswith("for a convergence angle of 20.80 ± 0.02 mrad where 21 is given.")
     assert doubts_of_settings({"focal_variance": Asked(0.0, np.inf, np.zeros(2))}, Config(), 0.5) == []
+
+
+def test_a_setting_that_explains_little_of_the_misfit_is_not_passed_off_as_its_cause(library):
+    fault = lambda counts: np.random.default_rng(0).permuted(counts.reshape(len(counts), -1), axis=1).reshape(counts.shape)
+    estimate, problem = fitted(library, 3, foci=FOCI * 1.01)
+    assert asked(estimate, problem, {})["focus_step"].explained > 0.5
+    scrambled = dataclasses.replace(problem, counts=fault(np.asarray(problem.counts)))
+    assert asked(estimate, scrambled, {})["focus_step"].explained < 0.1
+    (warning,) = doubts_of_settings({"focus_step": Asked(-0.03, 0.001, np.ones(2), 0.2)}, Config(), 0.5)
+    assert "explains 20% of the misfit alone" in warning
+
+
+def test_what_is_not_round_is_named_by_size_and_azimuth_where_its_phase_matters():
+    parts = lambda a, b, sd: (Asked(a, sd, np.zeros(2)), Asked(b, sd, np.zeros(2)))
+    tested = dict(zip(("C12_a", "C12_b"), parts(10.0, 10 * 3**0.5, 0.5), strict=True)) | dict(zip(("C21_a", "C21_b"), parts(0.0, -600.0, 100.0), strict=True))
+    (warning,) = doubts_of_settings(tested, Config(), 0.5)
+    assert warning.startswith("The residuals ask for C12 = 20.0 ± 0.5 Å at 30° where none is given (40 standard deviations; depths would move by up to 0.0 Å); or")
+    assert warning.endswith("; or, less well, for C21 = 600.0 ± 100.0 Å at -90° where none is given.")
+    few = dict(zip(("C12_a", "C12_b"), parts(2.0, 0.0, 0.1), strict=True))  # 20 standard deviations of pi 2 Å (21 mrad)^2 / 0.0197 Å = 0.14 rad
+    assert doubts_of_settings(few, Config(), 0.5) == []
+    (warning,) = doubts_of_settings(few | {"C12_a": Asked(2.0, 0.1, np.array([0.0, 0.2]))}, Config(), 0.5)
+    assert "up to 0.2 Å" in warning

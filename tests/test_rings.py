@@ -1,14 +1,16 @@
 """The closed thermal average between cores against that of whole forms, and against a probe's plain multislice."""
 
+from importlib import resources
+
 import numpy as np
 import pytest
 
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
-from depthprob.physics.library import column_images
+from depthprob.physics.library import column_images, column_profiles, load_gram
 from depthprob.physics.multislice import transmission
 from depthprob.physics.optics import Microscope
-from depthprob.physics.rings import ring_grams
+from depthprob.physics.rings import quick_gram, ring_grams
 from depthprob.physics.specimen import Column
 from depthprob.physics.thermal import depth_derivatives, gram_of_depths, incident_disc, prepare_channel
 
@@ -72,3 +74,13 @@ def test_a_wide_probe_on_still_atoms_is_that_of_plain_multislice():
     size = 320
     ours = column_images(grams[:, -1], disc, Microscope(ENERGY, angle), planes, 16.0, size)[0][:, 0, np.round(places * size / 16.0).astype(int)]
     np.testing.assert_allclose(ours, expected, atol=0.01 * expected.max())
+
+
+def test_quick_grams_are_those_of_the_full_pass():
+    with resources.as_file(resources.files("depthprob.data") / "gram_Au_001.npz") as path:
+        full = load_gram(path).first(3)
+    quick = quick_gram(Column("Au", 3, 4.08, 0.63), 300e3, 21.0, AnnularDetector(48.0, 180.0))
+    lens, plane = Microscope(300e3, 21.0), np.array([-40.0, 10.0])
+    for n in (1, 3):
+        ours, theirs = (column_profiles(g.blocks[0, n - 1 : n], g.modes, lens, plane + g.centre_of_mass[n - 1], 12.0).values for g in (quick, full))
+        np.testing.assert_allclose(ours, theirs, atol=5e-4 * theirs.max())  # the other's absorbing edge

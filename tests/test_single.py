@@ -1,9 +1,11 @@
-"""Columns fitted one by one: against the joint fit, finite differences, the bound, and their own null distributions."""
+"""Columns fitted one by one: against the joint fit, scipy, finite differences, the bound, and their own null distributions."""
 
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import least_squares
 from scipy.stats import kstest
 
 from depthprob.inference import single
@@ -20,9 +22,9 @@ MIDDLE = 9 * 0.4
 pytestmark = pytest.mark.usefixtures("double_precision")
 
 
-def field(n, depth, dx, dy):
+def field(n, depth, dx, dy, background=1e-3):
     zero = np.zeros(IMAGES)
-    return Field(np.array([[MIDDLE + dx, MIDDLE + dy]]), np.array([n]), np.array([depth]), zero + 1e-3, zero + 1, np.zeros((IMAGES, 2)))
+    return Field(jnp.array([[MIDDLE + dx, MIDDLE + dy]]), np.array([n]), jnp.array([depth]), zero + background, zero + 1, np.zeros((IMAGES, 2)))
 
 
 def test_tables_give_the_library_anywhere_within_a_pixel(library):
@@ -59,6 +61,21 @@ def test_maximum_likelihood_reaches_the_bound_and_the_peak_does_not(library):
     assert abs(best.bias) < 3.5 * best.bias_error
     assert abs(best.covered - 0.9) < 3.5 * np.sqrt(0.09 / 600)
     assert peak.sd / peak.crlb > 1.5
+
+
+def test_least_squares_is_that_of_scipy_and_its_error_bars_are_its_scatter(library):
+    rng = np.random.default_rng(3)
+    exact = np.asarray(expected_counts(field(7, -22.0, 0.1, -0.15), library, SERIES), float)
+    counts = rng.poisson(np.broadcast_to(exact, (200, *exact.shape)))
+    fit = fit_single_columns(counts, np.full(200, 7), library, SERIES, least_squares=True)
+    assert fit.converged.all()
+    model = jax.jit(lambda v: expected_counts(field(7, v[0], v[1], v[2], jnp.exp(v[3])), library, SERIES).ravel())
+    best = least_squares(lambda v: np.asarray(model(v), float) - counts[0].ravel(), [-15.0, 0.0, 0.0, np.log(1e-3)], x_scale=[1, 0.03, 0.03, 0.3], diff_step=1e-4)
+    assert abs(fit.depth[0] - best.x[0]) < 0.03 * fit.sd[0]
+    assert abs(fit.x[0] - best.x[1]) < 0.01
+    error = fit.depth + 22.0
+    assert abs(np.std(error / fit.sd) - 1) < 3.5 / np.sqrt(400)
+    assert fit.sd.mean() > 1.1 * fit.crlb.mean()  # what taking all pixels for equally uncertain costs
 
 
 def test_goodness_of_fit_is_standard_normal_under_truth_and_sees_a_wrong_count(library):

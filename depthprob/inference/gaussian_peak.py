@@ -67,51 +67,73 @@ def disc_averages(stack: np.ndarray, positions: np.ndarray, shifts: np.ndarray, 
     return out
 
 
-def fit_gaussians(defocus: np.ndarray, intensity: np.ndarray, iterations: int = 60):
-    """Least-squares Gaussians through rows of intensity (C, F), all at once: parameters (C, 4) and covariances (C, 4, 4).
+def fit_gaussians(defocus: np.ndarray, intensity: np.ndarray, iterations: int = 60, together: int = 512):
+    """Least-squares Gaussians through rows of intensity (C, F), `together` at a time: parameters (C, 4) and covariances (C, 4, 4).
 
     Parameters are amplitude, peak, width, background. Gauss-Newton with a damping that rises where a step makes a row worse.
     """
-    floor = intensity.min(1)
-    weight = np.maximum(intensity - floor[:, None], 0) ** 2
-    peak = (weight * defocus).sum(1) / np.maximum(weight.sum(1), 1e-30)
-    span = np.ptp(defocus)
-    theta = np.stack([np.ptp(intensity, axis=1), peak, np.full(len(intensity), span / 8), floor], 1)
-    damping = np.full(len(intensity), 1e-3)
-    scale = np.maximum(np.ptp(intensity, axis=1), 1e-30)
+    parts = [_fit_gaussians(np.asarray(defocus, float), np.asarray(rows, float), iterations) for rows in np.split(intensity, range(together, len(intensity), together))]
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
-    def evaluate(theta):
-        a, p, w, b = (theta[:, i : i + 1] for i in range(4))
-        t = (defocus - p) / w
-        bell = np.exp(-(t**2) / 2)
-        jacobian = np.stack([bell, a * bell * t / w, a * bell * t**2 / w, np.ones_like(bell)], 2)
-        return intensity - (a * bell + b), jacobian
 
-    residual, jacobian = evaluate(theta)
-    cost = (residual**2).sum(1)
+def _fit_gaussians(defocus: np.ndarray, intensity: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
+    floor, span = intensity.min(1), np.ptp(defocus)
+    weight = (intensity - floor[:, None]) ** 2
+    total = np.maximum(weight.sum(1), 1e-30)
+    peak = weight @ defocus / total
+    width = np.sqrt(np.maximum(2 * (weight @ defocus**2 / total - peak**2), 0))  # the square of a Gaussian is narrower by a root of two
+    theta = np.stack([intensity.max(1) - floor, peak, np.clip(width, span / 50, span / 2), floor], 1)
+    floor_of_diagonal = 1e-12 * np.maximum(np.ptp(intensity, axis=1), 1e-30) ** 2
+    damping, diagonal = np.full(len(intensity), 1e-6), np.arange(4)
+    products = _gaussian_products(defocus, intensity, theta)
+    rows = np.arange(len(intensity))  # not yet at their minimum
     for _ in range(iterations):
-        normal = np.einsum("cfi,cfj->cij", jacobian, jacobian)
-        diagonal = np.einsum("cii->ci", normal)
-        damped = normal + (damping[:, None] * diagonal + 1e-12 * scale[:, None] ** 2)[:, :, None] * np.eye(4)
-        step = np.linalg.solve(damped, np.einsum("cfi,cf->ci", jacobian, residual)[..., None])[..., 0]
+        normal = products.take(rows, 0)
+        cost = normal[:, 4, 4]
+        normal[:, diagonal, diagonal] = normal[:, diagonal, diagonal] * (1 + damping[rows, None]) + floor_of_diagonal[rows, None]
+        step = _solve(normal[:, :4, :4], normal[:, :4, 4])
         step[:, 1] = np.clip(step[:, 1], -span / 4, span / 4)
-        trial = theta + step
+        trial = theta[rows] + step
         trial[:, 2] = np.clip(abs(trial[:, 2]), span / 200, 2 * span)
-        new_residual, new_jacobian = evaluate(trial)
-        new_cost = (new_residual**2).sum(1)
-        better = new_cost <= cost
-        theta = np.where(better[:, None], trial, theta)
-        residual = np.where(better[:, None], new_residual, residual)
-        jacobian = np.where(better[:, None, None], new_jacobian, jacobian)
-        done = better & (cost - new_cost < 1e-12 * cost + 1e-30)
-        cost = np.where(better, new_cost, cost)
-        damping = np.where(better, damping / 5, damping * 5)
-        if done.all():
+        moved = _gaussian_products(defocus, intensity.take(rows, 0), trial)
+        gained = cost - moved[:, 4, 4]
+        better = gained >= 0
+        theta[rows[better]], products[rows[better]] = trial[better], moved[better]
+        damping[rows] = np.where(better, damping[rows] / 5, np.maximum(damping[rows] * 25, 1e-3))
+        rows = rows[~better | (gained > 1e-7 * cost)]
+        if not len(rows):
             break
-    normal = np.einsum("cfi,cfj->cij", jacobian, jacobian)
-    variance = cost / max(1, len(defocus) - 4)
-    covariance = np.linalg.pinv(normal, hermitian=True) * variance[:, None, None]
-    return theta, covariance
+    variance = products[:, 4, 4] / max(1, len(defocus) - 4)
+    normal = products[:, :4, :4].copy()
+    normal[:, diagonal, diagonal] += floor_of_diagonal[:, None]
+    return theta, np.linalg.inv(normal) * variance[:, None, None]
+
+
+def _solve(matrices: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """x (C, m) of positive definite systems (C, m, m) x = (C, m), by elimination; all at once, where LAPACK takes them one by one."""
+    m = right.shape[1]
+    rows = [[matrices[:, i, j] for j in range(m)] + [right[:, i]] for i in range(m)]
+    for i in range(m):
+        for k in range(i + 1, m):
+            factor = rows[k][i] / rows[i][i]
+            rows[k][i + 1 :] = [b - factor * a for a, b in zip(rows[i][i + 1 :], rows[k][i + 1 :], strict=True)]
+    x = [np.zeros(0)] * m
+    for i in reversed(range(m)):
+        x[i] = (rows[i][m] - sum(rows[i][j] * x[j] for j in range(i + 1, m))) / rows[i][i]
+    return np.stack(x, 1)
+
+
+def _gaussian_products(defocus: np.ndarray, intensity: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """Inner products (C, 5, 5) over the foci of a Gaussian's derivatives by its parameters and what it leaves of the intensity."""
+    a, p, w, b = theta.T[:, :, None]
+    t = (defocus - p) / w
+    vectors = np.empty((len(theta), 5, len(defocus)))
+    bell = np.exp(-(t**2) / 2, out=vectors[:, 0])
+    np.multiply(a / w * bell, t, out=vectors[:, 1])
+    np.multiply(vectors[:, 1], t, out=vectors[:, 2])
+    vectors[:, 3] = 1.0
+    vectors[:, 4] = intensity - a * bell - b
+    return vectors @ vectors.swapaxes(1, 2)
 
 
 def correction_curve(library: ColumnLibrary, defocus: np.ndarray, radius: float, pixel_size: float = 0.1) -> np.ndarray:

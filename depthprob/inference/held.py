@@ -25,11 +25,14 @@ class Asked(NamedTuple):
     sd : float
     depth_moves : (C,)
         How far the depths [Å] would follow that change.
+    explained : float
+        Share of the misfit (Pearson's, beyond three standard deviations of what noise makes) that goes with that change; one where there is no more misfit.
     """
 
     change: float
     sd: float
     depth_moves: np.ndarray
+    explained: float = 1.0
 
     @property
     def significance(self) -> float:
@@ -65,6 +68,8 @@ def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[Co
 
     residual = np.asarray(problem.counts) - rate
     weight = np.where(problem.mask, 1 / (np.maximum(rate.astype(float), DARKEST) + float(problem.read_variance)), 0.0) / float(problem.dispersion)
+    misfit = (weight * np.square(residual, dtype=float)).sum() - problem.mask.sum()
+    misfit -= 3 * float(np.where(problem.mask, 2 + rate * weight**2, 0.0).sum()) ** 0.5
     own, *common = fit.information_along(estimate.parameters, problem, np.stack([residual, *slopes.values()])).T
     fitted, out = solve(own), {}
     for (name, slope), a in zip(slopes.items(), common, strict=True):
@@ -75,5 +80,5 @@ def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[Co
             out[name] = Asked(0.0, np.inf, np.zeros(len(problem.n_atoms)))
         else:
             change = (float((slope * weight * residual).sum()) - float(a @ fitted)) / information
-            out[name] = Asked(change, information**-0.5, -change * solved[: len(problem.n_atoms)])
+            out[name] = Asked(change, information**-0.5, -change * solved[: len(problem.n_atoms)], float(min(1.0, change**2 * information / max(misfit, 1e-9))))
     return out

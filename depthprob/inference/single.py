@@ -1,10 +1,11 @@
-"""Library maximum likelihood for columns one by one, thousands at a time; and any estimator compared with the bound.
+"""Library maximum likelihood, or least squares, for columns one by one, thousands at a time; and any estimator compared with the bound.
 
 Each column is fitted in a patch of its own, which holds no other: what isolated columns are for when an estimator is studied. Columns
 of a crystal overlap, and belong into `likelihood` or `local`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,12 +16,13 @@ from jaxtyping import Array, Float, Int
 from ..physics.focal_series import FocalSeries
 from ..physics.library import ColumnLibrary
 from .gaussian_peak import fit_gaussian_peaks
-from .likelihood import BACKGROUND_SHAPE, DARKEST, PRIOR_SD, _deviance, _null_table
+from .likelihood import BACKGROUND_SHAPE, DARKEST, PRIOR_SD, _null_table
 
 STEPS = 8  # tabulated positions per pixel; between them a second-order expansion, good to 1e-3 of the brightest pixel
 FREE = ("depth", "x", "y", "log_gain", "log_background")
 LARGEST_STEP = (10.0, 0.15, 0.15, 0.3, 1.5)
-ITERATIONS = 8
+NEAR = 1.6  # Å from the middle of a patch along x and y: pixels enough to bring a fit close
+CLOSER, WHOLE = 4, 4  # steps of scoring with these pixels, and with all; least squares, which converges more slowly, takes twice as many of the latter
 
 
 class SingleFit(NamedTuple):
@@ -29,7 +31,7 @@ class SingleFit(NamedTuple):
     Attributes
     ----------
     depth, sd : [Å]
-        Maximum of likelihood times weak priors, and root of the inverse of Fisher information plus prior.
+        Maximum of likelihood times weak priors, and root of the inverse of Fisher information plus prior; of least squares its own standard deviation.
     crlb : [Å]
         Cramér-Rao bound at the estimate, what is free profiled out.
     x, y : [Å]
@@ -104,46 +106,58 @@ def _rate_and_derivatives(theta, n, library, tables, defocus, scale):
     return rate, jnp.stack([by_depth, by_x, by_y, bright, jnp.broadcast_to(background, bright.shape)])
 
 
-@jax.jit
-def _fit(patches, n, start, scan, free, library, tables, defocus, scale):
-    """Estimates (C, 5), covariances (C, 5, 5), Fisher matrices (C, 5, 5) and last steps (C,) in standard deviations; sums in float64 under x64."""
+@partial(jax.jit, static_argnames="least_squares")
+def _fit(patches, near, n, start, scan, free, library, tables, defocus, scale, null, least_squares):
+    """Estimates (C, 5), covariances (C, 5, 5), Fisher matrices (C, 5, 5), last steps (C,) in standard deviations, and goodness of fit (C,).
+
+    A scan of the depth and the first steps see the pixels `near` alone; all but the estimate is of the point before the last step. Sums in float64 under x64.
+    """
     prior = jnp.array([PRIOR_SD["depth"] ** -2, PRIOR_SD["x"] ** -2, PRIOR_SD["y"] ** -2, PRIOR_SD["log_gain"] ** -2, BACKGROUND_SHAPE])
     limit = jnp.array(LARGEST_STEP)
+    known = jnp.diag(prior * free + 1.0 - free)
+    tables_near = tables._replace(values=tables.values[..., near])
 
     def one(item):
         counts, n, start = item
-        terms = lambda theta: _rate_and_derivatives(theta, n, library, tables, defocus, scale)
+        even = jnp.mean(counts)  # every pixel's variance, to least squares
 
         def log_likelihood(depth):
-            rate, _ = terms(start.at[0].set(depth))
-            return jnp.sum(counts * jnp.log(rate) - rate, dtype=float)
+            rate, _ = _rate_and_derivatives(start.at[0].set(depth), n, library, tables_near, defocus, scale)
+            seen = counts[:, near]
+            each = -((seen - rate) ** 2) / (2 * even) if least_squares else seen * jnp.log(rate) - rate
+            return jnp.sum(each, dtype=float)
 
-        def normal(theta):
-            rate, rows = terms(theta)
-            rows = rows.reshape(5, -1) * free[:, None].astype(jnp.float32)
-            root = jax.lax.rsqrt(rate).ravel()
-            rows = rows * root
-            score = jnp.sum(rows * ((counts - rate).ravel() * root), 1, dtype=float)
-            fisher = (rows @ rows.T).astype(float)
+        def step(theta, counts, tables):
+            """The next estimate, its distance in standard deviations, and what it was made from: derivatives (5, pixel) over the root of the variance taken for each pixel's, that root, and expected counts."""
+            rate, rows = _rate_and_derivatives(theta, n, library, tables, defocus, scale)
+            root = jnp.sqrt(jnp.full_like(rate, even) if least_squares else rate).ravel()
+            rows = rows.reshape(5, -1) * free[:, None].astype(jnp.float32) / root
+            score = jnp.sum(rows * ((counts - rate).ravel() / root), 1, dtype=float)
             slope = jnp.where(jnp.arange(5) == 4, BACKGROUND_SHAPE, -prior * (theta - start.at[0].set(0.0)))
-            return fisher, (score + slope * free)
-
-        held = jnp.diag(1.0 - free)
-
-        def step(carry, _):
-            theta, _ = carry
-            fisher, score = normal(theta)
-            hessian = fisher + jnp.diag(prior * free) + held
-            newton = jnp.linalg.solve(hessian, score)
-            move = jnp.clip(newton, -limit, limit)
-            return (theta + move, jnp.sqrt(move @ hessian @ move)), None
+            hessian = (rows @ rows.T).astype(float) + known
+            move = jnp.clip(jnp.linalg.solve(hessian, score + slope * free), -limit, limit)
+            return theta + move, jnp.sqrt(move @ hessian @ move), (rows, root, rate)
 
         theta = start.at[0].set(scan[jnp.argmax(jax.lax.map(log_likelihood, scan))])
-        (theta, last), _ = jax.lax.scan(step, (theta, jnp.inf), length=ITERATIONS)
-        fisher, _ = normal(theta)
-        return theta, jnp.linalg.inv(fisher + jnp.diag(prior * free) + held), fisher, last, terms(theta)[0]
+        theta = jax.lax.fori_loop(0, CLOSER, lambda _, theta: step(theta, counts[:, near], tables_near)[0], theta)
+        theta = jax.lax.fori_loop(0, (1 + least_squares) * WHOLE - 1, lambda _, theta: step(theta, counts, tables)[0], theta)
+        theta, last, (rows, root, rate) = step(theta, counts, tables)
+        information = lambda factor: ((rows * factor) @ (rows * factor).T).astype(float)
+        ratio = jnp.sqrt(rate).ravel() / root
+        inverse = jnp.linalg.inv(information(jnp.ones_like(root)) + known)
+        return theta, inverse @ (information(ratio) + known) @ inverse, information(1 / ratio), last, _goodness(counts, rate, null)
 
-    return jax.lax.map(one, (patches, n, start), batch_size=32)
+    return jax.lax.map(one, (patches, n, start))
+
+
+def _goodness(counts, rate, null):
+    """Deviance of all pixels, standardised by its null mean and variance; `null` as of `likelihood._null_table`, even in the logarithm."""
+    logarithm = jnp.log(rate)
+    place = (logarithm - null[0, 0]) / (null[0, 1] - null[0, 0])
+    below = jnp.clip(place.astype(int), 0, null.shape[1] - 2)
+    mean, variance = null[1:, below] + (place - below) * (null[1:, below + 1] - null[1:, below])
+    deviance = 2 * (jnp.where(counts > 0, counts * (jnp.log(jnp.maximum(counts, 1e-30)) - logarithm), 0.0) - counts + rate)
+    return jnp.sum(deviance - mean, dtype=float) / jnp.sqrt(jnp.sum(variance, dtype=float))
 
 
 def fit_single_columns(
@@ -154,6 +168,7 @@ def fit_single_columns(
     free: tuple[str, ...] = ("positions", "background"),
     background: float = 1e-3,
     deepest: float = 100.0,
+    least_squares: bool = False,
 ) -> SingleFit:
     """Depths of isolated columns by maximum likelihood: a scan of the depth, then Fisher scoring. Run under `jax.enable_x64(True)`.
 
@@ -169,6 +184,8 @@ def fit_single_columns(
         Fraction of the beam, start or fixed value; one number for all images of a column.
     deepest : float
         |depth| up to which the scan looks [Å].
+    least_squares : bool
+        Instead take every pixel for equally uncertain; the error bars are of Poisson counts all the same.
     """
     words = {"positions": (1, 2), "gain": (3,), "background": (4,)}
     unknown = [w for w in free if w not in words]
@@ -181,17 +198,17 @@ def fit_single_columns(
     start = np.tile([0.0, 0.0, 0.0, 0.0, np.log(background)], (count, 1))
     scan = np.arange(-deepest, deepest + 1, 20.0)
     scale = (np.broadcast_to(np.asarray(series.dose, float), np.shape(series.defocus)) * series.pixel_size**2)[:, None]
+    y, x = (np.arange(n) - (n - 1) / 2 for n in series.shape)
+    near = np.flatnonzero((abs(y[:, None]) * series.pixel_size <= NEAR) & (abs(x) * series.pixel_size <= NEAR))
     flat = np.asarray(patches, np.float32).reshape(count, len(scale), -1)
-    theta, covariance, fisher, last, rate = (
+    theta, covariance, fisher, last, goodness = (
         np.asarray(a) for a in _fit(
-            jnp.asarray(flat), jnp.asarray(n_atoms), jnp.asarray(start), jnp.asarray(scan), jnp.asarray(mask), library, tables,
-            jnp.asarray(series.defocus, float), jnp.asarray(scale, jnp.float32),
+            jnp.asarray(flat), jnp.asarray(near), jnp.asarray(n_atoms), jnp.asarray(start), jnp.asarray(scan), jnp.asarray(mask), library, tables,
+            jnp.asarray(series.defocus, float), jnp.asarray(scale, jnp.float32), jnp.asarray(_null_table(1.2 * float(flat.max()) + 10.0), jnp.float32), least_squares,
         )
     )  # fmt: skip
     chosen = np.flatnonzero(mask)
     bound = np.sqrt(np.linalg.inv(fisher[:, chosen][:, :, chosen])[:, 0, 0])
-    excess, variance = _deviance(flat.astype(float), rate.astype(float), _null_table(float(rate.max())))
-    goodness = excess.sum((1, 2)) / np.sqrt(variance.sum((1, 2)))
     return SingleFit(theta[:, 0], np.sqrt(covariance[:, 0, 0]), bound, theta[:, 1], theta[:, 2], np.exp(theta[:, 3]), np.exp(theta[:, 4]), goodness, last < 0.01)
 
 
@@ -240,6 +257,12 @@ def library_maximum(patches, n_atoms, library, series):
     return fit.depth, fit.sd
 
 
+def library_least_squares(patches, n_atoms, library, series):
+    """`fit_single_columns` by least squares as an estimator."""
+    fit = fit_single_columns(patches, n_atoms, library, series, least_squares=True)
+    return fit.depth, fit.sd
+
+
 def gaussian_peak(patches, n_atoms, library, series):
     """The paper's method as an estimator, one column a patch, at the true positions."""
     count, n_foci, ny, nx = patches.shape
@@ -251,7 +274,7 @@ def gaussian_peak(patches, n_atoms, library, series):
     return fit.depth, fit.sd
 
 
-ESTIMATORS: dict[str, Estimator] = {"library maximum likelihood": library_maximum, "Gaussian peak": gaussian_peak}
+ESTIMATORS: dict[str, Estimator] = {"library maximum likelihood": library_maximum, "library least squares": library_least_squares, "Gaussian peak": gaussian_peak}
 
 
 def compare_estimators(
@@ -313,7 +336,7 @@ def _expected(theta, n, library, tables, defocus, scale):
         rows = rows[jnp.array([0, 1, 2, 4])].reshape(4, -1) * jax.lax.rsqrt(rate).ravel()
         return rate, (rows @ rows.T).astype(float)
 
-    return jax.lax.map(one, theta, batch_size=32)
+    return jax.lax.map(one, theta)
 
 
 def _compared(name: str, n: int, dose: float, truth: Array, depth: np.ndarray, sd: np.ndarray, bound: float) -> Comparison:

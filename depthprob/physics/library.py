@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
-from scipy.special import j0
+from scipy.special import j0, jv
 from scipy.stats import norm, qmc
 
 from ..errors import InputError
@@ -38,6 +38,7 @@ from .gram import (
     mirrored,
     mode_spectra,
     prepare_sweep,
+    radial_modes,
     required_sampling,
     sweep_column,
     sweep_whole,
@@ -88,6 +89,11 @@ class ColumnLibrary(eqx.Module):
     def z_range(self) -> tuple[float, float]:
         end = self.z_start + self.z_step * (self.coefficients.shape[1] - 3)
         return self.z_start - float(self.centre[0]), end - float(self.centre[-1])
+
+    @property
+    def planes(self) -> np.ndarray:
+        """Depths of the crossover below the frame of the sweep, at which coefficients interpolate [Å]."""
+        return self.z_start + self.z_step * np.arange(self.coefficients.shape[1] - 2)
 
     def weights(self, n: Int[Array, " column"], z: Float[Array, "column ..."]) -> Float[Array, "column ... rank"]:
         """Weights of the basis images for columns of n atoms at z = defocus - depth [Å], held constant outside `z_range`."""
@@ -175,12 +181,35 @@ def is_round(microscope: Microscope) -> bool:
     return not any(value for name, value in microscope.aberrations.items() if name.startswith("C") and name.removesuffix("_A") != "C50")
 
 
-def column_profiles(grams: np.ndarray, modes: Modes | DiscModes, microscope: Microscope, plane: np.ndarray, end: float) -> Profiles:
-    """Radial images out to `end` Å for each Gram matrix with the crossover in each plane, as `column_images`; round lenses only.
+class RadialProbe(NamedTuple):
+    """Quadratures for images of columns under a round lens.
 
-    I(r) = sum_l A_l* G^l A_l, A_pl(r) = 2 pi i^-l int chi_pl(k) a(k) J_l(2 pi k r) k dk, by Gauss-Legendre quadrature in complex128; a
-    factor i^-l common to a block drops out. Source size is left to the transform of the result.
+    Attributes
+    ----------
+    k, k_area : (k,)
+        Frequencies within the aperture [1/Å] and their areas.
+    r, area : (r,)
+        As in `Profiles`.
+    probe : (focus, k) complex
+        The aperture's wave with the crossover in each plane, for each node of the focal spread in turn.
+    share : (node,)
+        Of each node of the focal spread.
     """
+
+    k: np.ndarray
+    k_area: np.ndarray
+    r: np.ndarray
+    area: np.ndarray
+    probe: np.ndarray
+    share: np.ndarray
+
+    def over_spread(self, values: Float[np.ndarray, "gram focus r"]) -> Float[np.ndarray, "gram z r"]:
+        """Mean over the focal spread."""
+        return np.einsum("gznr,n->gzr", values.reshape(len(values), -1, len(self.share), len(self.r)), self.share)
+
+
+def radial_probe(microscope: Microscope, plane: np.ndarray, end: float) -> RadialProbe:
+    """Nodes and probes for radial images out to `end` Å with the crossover in each plane."""
     lam = float(wavelength(microscope.energy))
     aperture = float(microscope.convergence_angle) * 1e-3 / lam
     turns = np.pi * lam * aperture**2 * (abs(plane).max() + 5 * float(microscope.focal_spread)) + 2 * np.pi * aperture * end
@@ -192,32 +221,52 @@ def column_profiles(grams: np.ndarray, modes: Modes | DiscModes, microscope: Mic
     nodes, share = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
     foci = (np.asarray(plane, float)[:, None] + spread * nodes).ravel()
     probe = np.exp(-1j * (chi - np.pi * lam * k**2 * foci[:, None])) / np.sqrt(k_area.sum())
+    return RadialProbe(k, k_area, r, 2 * np.pi * r * w_r, probe, share / share.sum())
+
+
+def column_profiles(grams: np.ndarray, modes: Modes | DiscModes, microscope: Microscope, plane: np.ndarray, end: float) -> Profiles:
+    """Radial images out to `end` Å for each Gram matrix with the crossover in each plane, as `column_images`; round lenses only.
+
+    I(r) = sum_l A_l* G^l A_l, A_pl(r) = 2 pi i^-l int chi_pl(k) a(k) J_l(2 pi k r) k dk, by Gauss-Legendre quadrature in complex128; a
+    factor i^-l common to a block drops out. Source size is left to the transform of the result.
+    """
+    s = radial_probe(microscope, plane, end)
     grams = np.asarray(grams)
-    values = np.zeros((len(grams), len(foci), len(r)))
-    transforms = bessel(modes.order, 2 * np.pi * np.outer(r, k))
+    values = np.zeros((len(grams), len(s.probe), len(s.r)))
+    transforms = bessel(modes.order, 2 * np.pi * np.outer(s.r, s.k))
     for l in range(modes.order + 1):
-        at = np.flatnonzero(modes.l == l)
-        radial = mode_spectra(modes._replace(p=modes.p[at], l=modes.l[at]), k, np.zeros_like(k)).conj() * modes.taper[at, None] * k_area
-        waves = np.einsum("zpk,rk->zpr", probe[:, None] * radial, transforms[l], optimize=True)
+        radial = seen_modes(modes, l, s)
+        waves = np.einsum("zpk,rk->zpr", s.probe[:, None] * radial, transforms[l], optimize=True)
         # real and imaginary parts side by side: a Hermitian form is one real product
-        blocks = grams[:, l, : len(at), : len(at)].astype(complex)
+        blocks = grams[:, l, : len(radial), : len(radial)].astype(complex)
         for z, wave in enumerate(waves):
             values[:, z] += (1 + (l > 0)) * ((blocks @ wave) * wave.conj()).real.sum(1)
-    values = values.reshape(len(grams), len(plane), len(nodes), len(r))
-    return Profiles(np.einsum("gznr,n->gzr", values, share / share.sum()), r, 2 * np.pi * r * w_r)
+    return Profiles(s.over_spread(values), s.r, s.area)
 
 
-def images_of_profiles(values: np.ndarray, profiles: Profiles, microscope: Microscope, cell: float, size: int) -> np.ndarray:
-    """Radial functions (..., r) as images (..., size, size) on a periodic cell, centred on pixel (0, 0), with the source's width."""
+def seen_modes(modes: Modes | DiscModes, l: int, nodes: RadialProbe) -> Complex[np.ndarray, "p k"]:
+    """Conjugate radial parts of the modes of angular momentum l >= 0 at the nodes, with their areas."""
+    return radial_modes(modes, l, nodes.k).conj() * modes.taper[modes.l == l, None] * nodes.k_area
+
+
+def images_of_profiles(
+    values: np.ndarray, profiles: Profiles, microscope: Microscope, cell: float, size: int, turns: int = 0, azimuth: float = 0.0
+) -> np.ndarray:
+    """Radial functions (..., r) times cos(turns (phi - azimuth)) as images (..., size, size) on a periodic cell, centred on pixel (0, 0), with the source's width.
+
+    The transform of f(r) cos(m phi) is (-i)^m cos(m phi_q) 2 pi int f(r) J_m(2 pi q r) r dr.
+    """
     aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(microscope.energy))
     q = np.fft.fftfreq(size, cell / size)
-    radius, where = np.unique(np.round(np.hypot(*np.meshgrid(q, q)) * cell, 9), return_inverse=True)
+    qx, qy = np.meshgrid(q, q)
+    radius, where = np.unique(np.round(np.hypot(qx, qy) * cell, 9), return_inverse=True)
     radius = radius[radius <= 2 * aperture * cell + 1e-9] / cell
     s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
-    kernel = j0(2 * np.pi * np.outer(profiles.r, radius)) * profiles.area[:, None] * np.exp(-2 * (np.pi * s * radius) ** 2) / cell**2
+    kernel = jv(turns, 2 * np.pi * np.outer(profiles.r, radius)) * profiles.area[:, None] * np.exp(-2 * (np.pi * s * radius) ** 2) / cell**2
     spectrum = np.append(values.reshape(-1, len(profiles.r)) @ kernel, np.zeros((values[..., 0].size, 1)), 1)
     inside = np.minimum(where.reshape(size, size), len(radius))
-    images = np.stack([np.fft.fft2(row[inside]).real for row in spectrum])
+    turned = 1j**turns * np.cos(turns * (np.arctan2(qy, qx) - azimuth))  # i^m, for the transform back is by fft2, at -q
+    images = np.stack([np.fft.fft2(row[inside] * turned).real for row in spectrum])
     return images.reshape(*values.shape[:-1], size, size)
 
 
@@ -346,11 +395,11 @@ def library_from_gram(
     size = int(np.ceil(4.1 * aperture * cell / 2)) * 2
     measure, area, to_images = _measurement(source, microscope, cell, size)
     images = measure(source.blocks.mean(0), plane)
-    basis, weights = _low_rank(images.reshape(n_max * len(plane), -1), tolerance, area)
+    basis, weights = low_rank(images.reshape(n_max * len(plane), -1), tolerance, area)
     weights = weights.reshape(n_max, len(plane), -1)
     return ColumnLibrary(
         images=to_images(basis).astype(np.float32),
-        coefficients=np.stack([_natural_spline(w) for w in weights]),
+        coefficients=np.stack([natural_spline(w) for w in weights]),
         cross_section=images[:, np.argmin(abs(plane))] @ area,
         depth_error=depth_error(source, measure, images, area, plane),
         centre=centre,
@@ -394,8 +443,8 @@ def _measurement(source: ColumnGram, microscope: Microscope, cell: float, size: 
     return measure, one.area, lambda basis: images_of_profiles(basis, one, sharp, cell, size)
 
 
-def _low_rank(flat: np.ndarray, tolerance: float, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fewest rows `basis` and `weights` with |flat - weights @ basis| < tolerance * max(flat); each basis row peaks at one.
+def low_rank(flat: np.ndarray, tolerance: float, area: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fewest rows `basis` and `weights` with |flat - weights @ basis| < tolerance * max |flat|; each basis row peaks at one.
 
     Singular vectors of the images under the inner product of the image plane, points weighing by their `area`.
     """
@@ -406,7 +455,7 @@ def _low_rank(flat: np.ndarray, tolerance: float, area: np.ndarray) -> tuple[np.
     for rank in range(6, len(values) + 1):
         weights = vectors[:, :rank] if few else weighted @ vectors[:, :rank]
         basis = np.linalg.lstsq(weights, flat, rcond=None)[0]
-        if abs(flat - weights @ basis).max() < tolerance * flat.max():
+        if abs(flat - weights @ basis).max() < tolerance * abs(flat).max():
             break
     scale = np.abs(basis).max(1)
     return basis / scale[:, None], weights * scale
@@ -438,7 +487,7 @@ def depth_error(source: ColumnGram, measure: Callable, images: np.ndarray, area:
     return np.std(steps, axis=0, ddof=1) / np.sqrt(scramblings)
 
 
-def _natural_spline(values: np.ndarray) -> np.ndarray:
+def natural_spline(values: np.ndarray) -> np.ndarray:
     """Uniform cubic B-spline coefficients (m + 2, ...) through values (m, ...), second derivative zero at the ends."""
     m = len(values)
     banded = np.zeros((m + 2, m + 2))

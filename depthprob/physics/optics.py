@@ -101,3 +101,9 @@ def aberration_phase(
             azimuth = math.pi / 180 * terms.get(("phi", n, m), 0.0)
             chi = chi + value * theta ** (n + 1) * jnp.cos(m * (phi - azimuth)) / (n + 1)
     return 2 * math.pi / lam * chi
+
+
+def edge_phase(microscope: Microscope, n: int) -> float:
+    """Phase at the aperture's edge on its azimuth, for each Å of C_nm [rad/Å]."""
+    angle = 1e-3 * float(microscope.convergence_angle)
+    return 2 * math.pi / float(wavelength(microscope.energy)) * angle ** (n + 1) / (n + 1)

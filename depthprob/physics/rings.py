@@ -13,6 +13,7 @@ the length of one flight is the same path with that flight's rate in between.
 Everything is float64 and complex128.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -22,10 +23,10 @@ from jaxtyping import Complex
 
 from .detector import AnnularDetector
 from .electron import wavelength
-from .gram import DiscModes, require_full_symmetry
+from .gram import ColumnGram, DiscModes, default_reach, require_full_symmetry
 from .scattering import panels
 from .specimen import Column
-from .thermal import POTENTIAL, highest_order, incident_disc, incident_modes, vibrating_atom
+from .thermal import POTENTIAL, highest_order, incident_disc, incident_modes, principal_modes, vibrating_atom
 
 FAINTEST_CORE = 1e-6  # amplitude of a wave within the core below which it is left out
 
@@ -200,3 +201,17 @@ def _slope(recorded, paths, values, slopes, b, g):
         else:
             total = total + _adjoint(path[0]) @ slopes[b - s, g] @ path[0]
     return total
+
+
+def quick_gram(column: Column, energy: float, convergence_angle: float, detector: AnnularDetector, parametrization: str = "lobato", progress: Callable = lambda items, **_: items) -> ColumnGram:
+    """As `thermal.thermal_gram` to 2e-4 of an image's peak, in a fifth of the time for columns of a dozen atoms; of plain annuli alone.
+
+    Parameters
+    ----------
+    energy, convergence_angle : float
+        [eV], [mrad].
+    """
+    aperture = convergence_angle * 1e-3 / float(wavelength(energy))
+    grams, modes = ring_grams(column, energy, aperture, detector.edges, parametrization, progress=progress)
+    blocks, modes = principal_modes(grams[::2].sum(0), modes)  # every other ring lies between two annuli
+    return ColumnGram.of(blocks[None], column, energy, aperture, detector, default_reach(column, convergence_angle), math.inf, parametrization, radial=modes.radial)

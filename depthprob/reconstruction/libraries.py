@@ -14,11 +14,13 @@ import numpy as np
 from ..config import Config
 from ..errors import InputError
 from ..io import read_atoms
+from ..physics import asymmetry
 from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
 from ..physics.gram import ColumnGram, has_full_symmetry
 from ..physics.library import ColumnLibrary, build_gram, is_round, library_from_gram, load_gram, save_gram
-from ..physics.optics import Microscope
+from ..physics.optics import Microscope, edge_phase
+from ..physics.rings import quick_gram
 from ..physics.specimen import Column
 from ..physics.thermal import absorptive_gram, thermal_gram
 from ..storage import load_arrays
@@ -27,6 +29,8 @@ from .lattice import CrystalColumns, UnitCell, crystal_columns, unit_cell
 SCRAMBLINGS = 8  # fewer make no depth error one can trust
 LENGTHS = (3, 6, 12, 24, 48)  # atoms of columns that libraries are built for
 MARGIN = 60.0  # Å that depths may lie beyond the foci
+LIVELIER = 0.05  # Å^2 of B, between columns whose difference stands for the derivative
+UNROUND = {"C12": (1, 2), "C21": (2, 1), "C23": (2, 3)}  # aberrations that residuals are asked for: n and m
 FORMAT = 3  # of the files in the cache
 
 
@@ -293,12 +297,13 @@ def read_library(path, config: Config) -> ColumnLibrary:
 
 
 def neighbouring_libraries(config: Config, n_max: int, progress: Callable) -> dict[str, tuple[ColumnLibrary, float]]:
-    """Libraries of a lens a little different from the config's, by what differs, with the difference; none where each would take minutes.
+    """Libraries of settings a little different from the config's, by what differs, with the difference; none where each would take minutes.
 
-    convergence_angle [mrad], spherical_aberration [Å] and focal_variance [Å^2], the square of the focal spread; of round lenses, columns and detectors.
+    convergence_angle [mrad], spherical_aberration [Å], focal_variance [Å^2], the square of the focal spread, and debye_waller_b [Å^2]; and of `UNROUND` [Å] C12_a = C12 cos(2 phi12),
+    C12_b = C12 sin(2 phi12) and so on; of round lenses, columns and detectors.
     """
-    lens = microscope_of(config)
-    if config.thermal.model == "absorptive" or not (is_round(lens) and has_full_symmetry(column_of(config, n_max), detector_of(config))):
+    lens, column, detector = microscope_of(config), column_of(config, n_max), detector_of(config)
+    if config.thermal.model == "absorptive" or not (is_round(lens) and has_full_symmetry(column, detector)):
         return {}
     gram = gram_for(config, n_max, progress)
     moved = {
@@ -306,7 +311,18 @@ def neighbouring_libraries(config: Config, n_max: int, progress: Callable) -> di
         "spherical_aberration": (dataclasses.replace(lens, spherical_aberration=lens.spherical_aberration + 4e3), 4e3),
         "focal_variance": (dataclasses.replace(lens, focal_spread=(lens.focal_spread**2 + 64.0) ** 0.5), 64.0),
     }
-    return {name: (library_from_gram(gram, other, z_range_of(config)), step) for name, (other, step) in moved.items()}
+    found = {name: (library_from_gram(gram, other, z_range_of(config)), step) for name, (other, step) in moved.items()}
+    if detector.measured is None:
+        livelier = dataclasses.replace(column, debye_waller_b=column.debye_waller_b + LIVELIER)
+        warmer = quick_gram(livelier, lens.energy, lens.convergence_angle, detector, config.simulation.parametrization, progress)
+        found["debye_waller_b"] = (library_from_gram(warmer, lens, z_range_of(config)), LIVELIER)
+    library = _library_of(gram, lens, z_range_of(config))
+    for name, (n, m) in UNROUND.items():
+        step = 0.3 / edge_phase(lens, n)
+        slopes = asymmetry.by_aberration(gram.blocks.mean(0), gram.modes, lens, library.planes, library.pixel * library.images.shape[1], n, m)
+        for part, other in zip("ab", asymmetry.beside(library, slopes, lens, m, step), strict=True):
+            found[f"{name}_{part}"] = (other, step)
+    return found
 
 
 def atoms_needed(config: Config, volumes: np.ndarray, progress: Callable) -> int:

@@ -1,22 +1,29 @@
 """What a reconstruction of the packaged particle says when its config tells something wrong, and how wrong its depths then are.
 
-    python tests/benchmarks/wrong_settings.py [CASE ...]
+    python tests/benchmarks/wrong_settings.py [GRAM.npz] [CASE ...]
 
 The counts are of full multislice, new draws where a case changes them. Each case: columns with the right count, common offset of the depths and rms of
 the rest [Å], share of 90 % intervals that hold the truth, the pooled goodness of fit in standard deviations, and the warnings. Half a minute a case; those with other
-libraries take as long again, once.
+libraries take as long again, once. Aberrations and tilts that nobody told need the particle's Gram matrix, GRAM.npz, which `simulate_particle` keeps as its checkpoint
+(`python -m depthprob.data.make_demo`, in demo_gram.npz), for tilts also GRAM_tilt5.npz and so on with as many configurations of the same seed; what they change in its
+images is added to those of the packaged stack.
 """
 
 import dataclasses
 import sys
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
 from depthprob.config import read_config
+from depthprob.data.make_demo import CELL, SHAPE
 from depthprob.errors import InputError
 from depthprob.io import read_stack
+from depthprob.physics.particle import images_from_gram
+from depthprob.reconstruction.libraries import microscope_of
 from depthprob.reconstruction.pipeline import reconstruct
+from depthprob.storage import load_arrays
 
 FOLDER = resources.files("depthprob.data")
 CONFIG = read_config(FOLDER / "demo.toml")
@@ -61,6 +68,18 @@ def matched(positions):
     return np.where(distance.min(1) < 1.0, COLUMNS[distance.argmin(1), 2:].T, np.nan)
 
 
+def simulated(tilt=0, **aberrations):
+    """Counts with a lens that has these aberrations, and of the particle tilted by so many mrad at 30°, the config silent about either."""
+    lens, path = microscope_of(CONFIG), Path(sys.argv[1])
+
+    def images(path, lens):
+        saved = load_arrays(path)
+        return images_from_gram(saved["total"].sum(0) / int(saved["done"]), saved["waves"], (CELL, CELL), lens, FOCI, SHAPE)
+
+    change = images(path.with_stem(f"{path.stem}_tilt{tilt}") if tilt else path, dataclasses.replace(lens, aberrations=aberrations)) - images(path, lens)
+    return given(moved(STILL + change * CONFIG.focal_series.dose[0] * PIXEL**2, DRIFT))
+
+
 STEADY = lambda factors: moved(STILL * factors, DRIFT)
 CASES = {
     "all right": lambda: (CONFIG, STACK),
@@ -78,6 +97,15 @@ CASES = {
     "source 1.0 for 0.7 Å": lambda: told("microscope", source_fwhm_A=1.0),
     "C3 +5 for 0 µm": lambda: told("microscope", spherical_aberration_mm=0.005),
     "C3 -5 for 0 µm": lambda: told("microscope", spherical_aberration_mm=-0.005),
+    "C12 0.5 nm": lambda: simulated(C12_A=5.0, phi12_deg=30.0),
+    "C12 2 nm": lambda: simulated(C12_A=20.0, phi12_deg=30.0),
+    "C12 5 nm": lambda: simulated(C12_A=50.0, phi12_deg=30.0),
+    "C21 100 nm": lambda: simulated(C21_A=1000.0, phi21_deg=30.0),
+    "C21 500 nm": lambda: simulated(C21_A=5000.0, phi21_deg=30.0),
+    "C23 100 nm": lambda: simulated(C23_A=1000.0, phi23_deg=30.0),
+    "crystal tilt 5 mrad": lambda: simulated(tilt=5),
+    "crystal tilt 10 mrad": lambda: simulated(tilt=10),
+    "crystal tilt 20 mrad": lambda: simulated(tilt=20),
     "focal spread 30 for 0 Å": lambda: told("microscope", focal_spread_A=30.0),
     "lattice 3.9 for 4.08 Å": lambda: told("specimen", lattice_constant_A=3.9),
     "platinum for gold": lambda: told("specimen", element="Pt", lattice_constant_A=3.92),
@@ -99,7 +127,8 @@ CASES = {
 def main(names) -> None:
     """Print a row a case, its warnings below."""
     print(f"{'case':40s} counts  offset    rms  median sd  covered  goodness")
-    for name in names or CASES:
+    with_gram = bool(names) and names[0].endswith(".npz")
+    for name in names[with_gram:] or [c for c in CASES if with_gram or not c.startswith(("C12", "C21", "C23", "crystal"))]:
         config, stack = CASES[name]()
         try:
             result = reconstruct(stack, config, method="laplace", quiet=True)
