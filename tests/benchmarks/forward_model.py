@@ -2,7 +2,7 @@
 
     python tests/benchmarks/forward_model.py [PART ...] [--threads N]
 
-Parts, all by default: multislice, series, settings, derivative, thicknesses. Each runs in a process of its own and prints its settings,
+Parts, all by default: multislice, series, thermal, settings, derivative, thicknesses. Each runs in a process of its own and prints its settings,
 seconds (the best of several runs after a warm-up, unless said) and peak memory. The paper's settings: gold, 300 kV, 21 mrad, 48-180 mrad, 10 atoms,
 a potential sampled at 0.0342 A, 41 foci. No part needs 4 GB.
 """
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-PARTS = ("multislice", "series", "settings", "derivative", "thicknesses")
+PARTS = ("multislice", "series", "thermal", "settings", "derivative", "thicknesses")
 
 
 def best(function, runs=3):
@@ -165,6 +165,41 @@ def series(threads):
     whole = reduced * 16  # four times the plane waves, four times the pixels
     print(f"  abtem's SMatrix: {1e3 * reduced:.1f} ms per probe measured in a cell half as wide ({waves} waves of {points}^2 points), x 16 for {4 * waves} waves of {2 * points}^2,")
     print(f"                   x {jobs} probes = {whole * jobs / 3600:.1f} h extrapolated, without building it: {whole * jobs / ours:.0f} times longer")
+
+
+def thermal(threads):
+    """Libraries of columns by the closed thermal average, against one frozen-phonon configuration."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from depthprob.physics.electron import wavelength
+    from depthprob.physics.gram import default_cell, default_reach, laguerre_gauss_modes, prepare_sweep, required_sampling, sweep_column
+    from depthprob.physics.library import CHEAP_ANGLE, CHEAP_CELL, thermal_draws
+    from depthprob.physics.thermal import thermal_gram
+
+    _, detector, column = paper()
+    aperture = 21e-3 / wavelength(300e3)
+    print(f"Gram matrices of columns of 1 atom to n: the mean over all configurations in closed form, and one configuration of frozen phonons, {threads} thread(s)")
+    for n in (12, 45):
+        column = dataclasses.replace(column, n_atoms=n)
+        start = time.process_time()
+        _, closed = once(lambda column=column: thermal_gram(column, 300e3, 21.0, detector))
+        processor = time.process_time() - start
+        print(f"  1 to {n} atoms: closed form {closed:.1f} s ({processor:.1f} s of processor)", flush=True)
+        reach = default_reach(column, 21.0)
+        modes, cell = laguerre_gauss_modes(reach, aperture), default_cell(column, 300e3, aperture, reach)
+        draw = thermal_draws(n, 0.63, 1, 0)[0].astype(np.float32)
+        levels = {"accurate": (None, cell)} if n == 12 else {}  # of 45 atoms it needs more than 4 GB
+        for name, (sampling, side) in (levels | {"cheap": (required_sampling(300e3, CHEAP_ANGLE * 180.0), CHEAP_CELL * cell)}).items():
+            sweep = prepare_sweep(column, 300e3, aperture, detector, reach, sampling=sampling, cell=side)
+            run = jax.jit(lambda u, sweep=sweep, modes=modes: sweep_column(u, sweep, modes))
+            run(draw).block_until_ready()
+            start = time.process_time()
+            _, seconds = once(lambda run=run, draw=draw: run(draw).block_until_ready())
+            own = time.process_time() - start
+            print(f"    {name} sweep of {len(modes.l)} modes on {sweep.incident.shape[1]}^2 points {seconds:.1f} s ({own:.1f} s of processor): the closed form is worth {processor / own:.1f} of them", flush=True)
 
 
 def settings(threads):
