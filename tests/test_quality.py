@@ -124,10 +124,10 @@ def test_depths_beyond_the_foci_and_at_their_ends_are_said():
 
 def test_columns_too_thick_for_superposition_are_counted():
     places = 2.04 * np.stack(np.mgrid[:3, :3], -1).reshape(-1, 2)
-    n = np.arange(4, 13)
+    n = np.arange(3, 12)
     assert quality.doubts_of_thickness(n, places, 4.08, 21.0) == []
     (doubt,) = quality.doubts_of_thickness(2 * n, places, 4.08, 21.0)
-    assert doubt.startswith("5 of 9 columns are thicker than 58 Å (up to 98 Å)")  # 16 to 24 atoms; 14 are 57 Å
+    assert doubt.startswith("6 of 9 columns are thicker than 49 Å (up to 90 Å)")  # 12 to 22 atoms; 12 are 49.0 Å, the limit 48.6 Å
     assert quality.doubts_of_thickness(2 * n, 2 * places, 4.08, 21.0) == []
     assert quality.doubts_of_thickness(np.array([40]), places[:1], 4.08, 21.0) == []
 
