@@ -204,33 +204,18 @@ def thermal(threads):
 
 def settings(threads):
     """Another focus, source size, aberration of a Gram matrix at hand, against building it."""
-    from importlib import resources
+    import dataclasses
 
-    import jax
     import numpy as np
 
     from depthprob import Microscope
-    from depthprob.data.make_library import CONFIGURATIONS, CORRECTIONS, SCRAMBLINGS
-    from depthprob.physics.gram import default_cell, laguerre_gauss_modes, prepare_sweep, required_sampling, sweep_column
-    from depthprob.physics.library import CHEAP_ANGLE, CHEAP_CELL, column_images, load_gram, thermal_draws
-    from depthprob.physics.specimen import Column
+    from depthprob.physics.library import column_images
+    from depthprob.physics.thermal import thermal_gram
 
-    microscope, detector, _ = paper()
-    with resources.as_file(resources.files("depthprob.data").joinpath("gram_Au_001.npz")) as path:
-        gram = load_gram(path)
-    column = Column("Au", gram.n_max, 4.08, 0.63)
-    sampling = required_sampling(300e3, CHEAP_ANGLE * 180.0)
-    cell = CHEAP_CELL * default_cell(column, 300e3, gram.aperture, gram.reach)
-    modes = laguerre_gauss_modes(gram.reach, gram.aperture)
-    sweep = prepare_sweep(column, 300e3, gram.aperture, detector, gram.reach, sampling=sampling, cell=cell)
-    run = jax.jit(lambda u: sweep_column(u, sweep, modes))
-    draw = thermal_draws(gram.n_max, 0.63, 1, 0)[0].astype(np.float32)
-    run(draw).block_until_ready()
-    _, cheap = once(lambda: run(draw).block_until_ready())
-    build = SCRAMBLINGS * CONFIGURATIONS * cheap
-    print(f"packaged Gram matrix of 1 to {gram.n_max} atoms, {SCRAMBLINGS * CONFIGURATIONS} configurations: {cheap:.2f} s for a cheap sweep on {sweep.incident.shape[1]}^2 points,")
-    print(f"  {build / 60:.0f} min for all of them (its {SCRAMBLINGS * CORRECTIONS} accurate sweeps not counted); images of all atom numbers, 24 A, 120 x 120 pixels, {threads} thread(s)")
-    blocks = gram.blocks.mean(0)
+    microscope, detector, column = paper()
+    gram, build = once(lambda: thermal_gram(dataclasses.replace(column, n_atoms=12), 300e3, 21.0, detector))
+    print(f"Gram matrices of 1 to {gram.n_max} atoms in closed form: {build:.1f} s; images of all atom numbers, 24 A, 120 x 120 pixels, {threads} thread(s)")
+    blocks, modes = gram.blocks[0], gram.modes
     lenses = {
         "another focus": (microscope, 1),
         "another source size, 41 foci": (Microscope(300e3, 21.0, source_fwhm=0.9), 41),
