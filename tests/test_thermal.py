@@ -103,8 +103,8 @@ def test_frozen_phonons_scatter_about_the_closed_form():
     # 512 configurations by FFT multislice of displaced atoms, another code; its eight scramblings tell its error. Ours in the same tapered
     # modes, which alone move an image by up to 0.3 % of its peak; 0.1 % is left for the FFT's grid and cell
     drawn = load_gram(Path(__file__).parent / "data" / "frozen_phonons_Au_001.npz")
-    channel = prepare_channel(Column("Au", 8, 4.08, 0.63), 300e3, drawn.aperture, AnnularDetector(48.0, 180.0))
-    for n in (1, 3, 8):
+    channel = prepare_channel(Column("Au", 5, 4.08, 0.63), 300e3, drawn.aperture, AnnularDetector(48.0, 180.0))
+    for n in (1, 5):
         depths = (np.arange(n) - 5.5) * 4.08  # the modes' plane halves twelve atoms
         ours = gram_of_depths(depths, channel, drawn.modes)
         exact = profiles(dataclasses.replace(drawn, blocks=np.tile(ours, (1, drawn.n_max, 1, 1, 1))), n)[0]
