@@ -80,7 +80,7 @@ def fit_jointly(
     pose = lambda field, centre=None: make_problem(stack, field, library, series, free, mask, read_variance_of(config), not large, prior_sd, centre)
     dispersed = config.inference.noise == "over_dispersed"
     centre, mode, amplitudes, settled = pose(field).centre, None, None, False
-    for _ in range(ROUNDS):
+    for last in (False,) * (ROUNDS - 1) + (True,):
         problem = pose(field, centre)
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
         amplitudes = fit.column_amplitudes(mode.parameters, problem, amplitudes)
@@ -93,7 +93,7 @@ def fit_jointly(
         field = field_of(mode.parameters, jnp.asarray(counts.n))
         if not settled:
             continue
-        hidden = hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem))
+        hidden = [] if last else hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem))
         if not len(hidden):
             break
         field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False
