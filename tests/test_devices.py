@@ -25,9 +25,8 @@ field = Field(positions, rng.integers(3, 12, 30), rng.normal(0, 5, 30), np.full(
 
 counts = rng.poisson(3.0, (5, 48, 56))
 problem = make_problem(counts, field, library, series, dense=False)
-windows = local.plan_windows(library, series, np.asarray(problem.start["depth"]))
-sums = local.evaluate(problem.start, problem, windows)
-matrix = local.information(problem.start, problem, windows, sums).dense()
+sums = local.evaluate(problem.start, problem)
+matrix = local.information(problem.start, problem, sums.rate).dense()
 np.savez(sys.argv[2], devices=jax.device_count(), rate=sums.rate, score=sums.score["depth"], matrix=matrix)
 """
 

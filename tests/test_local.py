@@ -63,12 +63,17 @@ def test_arrow_factor_solves_inverts_and_draws():
     np.testing.assert_allclose(plus_diagonal(matrix, extra).dense(), dense + np.diag(extra), atol=1e-12)
 
 
-def test_strips_are_wide_enough_and_hold_every_column():
-    along = np.random.default_rng(0).uniform(0, 50, 200)
-    parts = strips(along, 7.0)
-    assert sorted(np.concatenate(parts)) == list(range(200))
-    for s in range(len(parts) - 2):
-        assert along[parts[s + 2]].min() - along[parts[s]].max() >= 7.0 - 1e-9
+@pytest.mark.parametrize("period", [None, 50.0])
+def test_columns_closer_than_a_strip_is_wide_are_in_the_same_or_neighbouring_strips(period):
+    along = np.random.default_rng(0).uniform(-3, 47, 200)
+    parts = strips(along, 7.0, period)
+    assert sorted(np.concatenate(parts)) == list(range(200)) and len(parts) == (4 if period else 8)
+    strip = np.empty(200, int)
+    for s, part in enumerate(parts):
+        strip[part] = s
+    away = abs(along[:, None] - along)
+    away = away if period is None else np.minimum(away, period - away)
+    assert (abs(strip[:, None] - strip)[away < 7.0] <= 1).all()
 
 
 def test_rates_score_and_information_are_those_of_the_dense_likelihood(problem):
@@ -78,7 +83,7 @@ def test_rates_score_and_information_are_those_of_the_dense_likelihood(problem):
     dense = likelihood.rates(parameters, problem)
     # tails beyond the windows: under FAINT of a column's peak each, and a few of them meet
     np.testing.assert_allclose(sums.rate, dense, atol=4 * local.FAINT * dense.max())
-    matrix = local.select(local.information(parameters, problem, windows, sums), problem)
+    matrix = local.select(local.information(parameters, problem, sums.rate), problem)
     fisher, score = fisher_and_score(parameters, problem)
     scale = np.sqrt(np.diag(fisher))
     columns = slice(0, 3 * len(problem.n_atoms))
@@ -93,10 +98,14 @@ def test_rates_score_and_information_are_those_of_the_dense_likelihood(problem):
     assert abs(step[columns]).max() < 0.1
 
 
-def test_information_does_not_depend_on_the_bands(problem):
+def test_information_does_not_depend_on_the_bands(problem, monkeypatch):
     windows = local.plan_windows(problem.library, problem.series, np.asarray(problem.start["depth"]))
     rate = local.rates(problem.start, problem, windows)
-    whole, cut = (local.column_information(problem.start, problem, rate, windows, memory=m).dense() for m in (1e12, 2e7))
+    found = []
+    for memory in (1e12, 1e7):
+        monkeypatch.setattr(local, "BAND", memory)
+        found.append(local.column_information(problem.start, problem, rate, windows).dense())
+    whole, cut = found
     np.testing.assert_allclose(cut, whole, atol=1e-6 * abs(whole).max())
 
 

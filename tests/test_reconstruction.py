@@ -122,7 +122,7 @@ def test_thousands_of_columns_are_fitted_jointly():
     error = fit.positions - truth[order]
     assert np.sqrt(np.mean(error**2)) < 0.02
     assert fit.width == pytest.approx(0.5, abs=0.01)
-    assert np.std((fit.volume - 0.1 * 2 * np.pi * 0.25) / fit.volume_sd) == pytest.approx(1.0, abs=0.3)
+    assert np.std((fit.volume - 0.1 * 2 * np.pi * 0.25) / fit.volume_sd) == pytest.approx(1.0, abs=0.06)  # of 1600
 
 
 def test_the_sharpest_images_are_the_same_in_whatever_order_they_come():

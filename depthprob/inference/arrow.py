@@ -1,7 +1,7 @@
 """Precision matrices of large fields: columns that overlap only near ones, and nuisances that touch all.
 
 Columns are sorted into strips at least as wide as two overlapping windows, so that only neighbouring strips couple: a block-tridiagonal
-matrix, bordered by the few nuisances. Cholesky factor, solutions, every marginal variance (by block-wise selected inversion, Takahashi's recursion)
+matrix, bordered by the few nuisances. (A periodic field, folded flat, has strips on both layers.) Cholesky factor, solutions, every marginal variance (by block-wise selected inversion, Takahashi's recursion)
 and draws cost a time linear in the field's length and cubic in its width. Float64.
 """
 
@@ -146,9 +146,10 @@ class ArrowFactor:
         return out
 
 
-def strips(along: np.ndarray, width: float) -> list[np.ndarray]:
-    """Indices of columns in strips at least `width` wide of a coordinate (C,)."""
+def strips(along: np.ndarray, width: float, period: float | None = None) -> list[np.ndarray]:
+    """Indices of columns in strips at least `width` wide of a coordinate (C,); of one that is periodic, in pairs of strips, at x and period - x."""
+    if period is not None:
+        along = abs(np.mod(along + period / 2, period) - period / 2)
     ranked = np.argsort(along, kind="stable")
     edges = np.arange(along.min(), along.max() + width, width)[1:]
-    parts = [part for part in np.split(ranked, np.searchsorted(along[ranked], edges)) if len(part)]
-    return parts
+    return [part for part in np.split(ranked, np.searchsorted(along[ranked], edges)) if len(part)]

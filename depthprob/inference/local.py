@@ -27,6 +27,7 @@ from .likelihood import (
     MEAN_SHIFT_SD,
     PER_COLUMN,
     PER_IMAGE,
+    SMOOTH,
     Amplitudes,
     Estimate,
     Mode,
@@ -43,10 +44,14 @@ from .likelihood import (
 )
 
 FAINT = 7e-4
+DIM = 5e-3  # of a column's peak, to where its derivatives enter Fisher information: standard deviations come out 0.3 % small, 1.5 % at most, at a quarter of the cost
+BAND = 6e8  # bytes that the products of tiles may hold at a time
 TILE = 16  # pixels; the columns that reach a tile are gathered for one matrix product
 MEMBERS = 16  # of a tile, filled up to a multiple
 CLASSES = 4  # window sizes per series
 BATCH = 64  # columns drawn at a time; numbers of columns are filled up to it, so that bands of a field share compiled code
+AMPLITUDE, MOVES = slice(0, 1), slice(1, 4)  # of a column's windows: the image itself, its derivatives by z = defocus - depth, x and y
+SIGNS = np.array([1.0, -1.0, 1.0, 1.0])
 CLOSE = 0.03  # standard deviations, root mean square over parameters, from the maximum: near enough
 
 
@@ -68,9 +73,6 @@ class Sums(NamedTuple):
         Expected counts.
     score : dict of arrays
         Derivative of the log-likelihood by every parameter.
-    border : (3 C, k F + 3)
-        Fisher information between columns (depth, x, y) and nuisances (the k names `per_image`, image by image for each, then `GLOBAL`).
-    corner : (k F + 3, k F + 3)
     along : dict of (size, K) arrays
         Information between every parameter and the K directions that `evaluate` was given.
     """
@@ -78,13 +80,11 @@ class Sums(NamedTuple):
     log_likelihood: float
     rate: np.ndarray
     score: dict
-    border: np.ndarray
-    corner: np.ndarray
     along: dict
 
 
-def window_radius(library: ColumnLibrary, z: float) -> float:
-    """Half width [Å] beyond which a column seen at defocus - depth of +-z stays below `FAINT` of its peak, for any atom number; at most that of the library's images."""
+def window_radius(library: ColumnLibrary, z: float, faint: float = FAINT) -> float:
+    """Half width [Å] beyond which a column seen at defocus - depth of +-z stays below `faint` of its peak, for any atom number; at most that of the library's images."""
     n_y, n_x = library.images.shape[1:]
     y, x = (np.fft.fftfreq(n, 1 / n) * library.pixel for n in (n_y, n_x))
     radius = np.hypot(y[:, None], x)
@@ -92,20 +92,20 @@ def window_radius(library: ColumnLibrary, z: float) -> float:
     for n in sorted({1, library.n_max // 2 + 1, library.n_max}):
         weights = np.asarray(library.weights(jnp.array([n, n]), jnp.array([[-z], [z]])))[:, 0]
         for image in np.tensordot(weights, np.asarray(library.images), 1):
-            largest = max(largest, float(radius[abs(image) > FAINT * image.max()].max()))
+            largest = max(largest, float(radius[abs(image) > faint * image.max()].max()))
     return min(largest, library.pixel * min(n_x, n_y) / 2)
 
 
-def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray, focus_offset: float = 0.0) -> list[Window]:
+def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray, faint: float = FAINT) -> list[Window]:
     """Group images by the size of window that the farthest column from each focus needs."""
-    defocus = np.asarray(series.defocus) + focus_offset
+    defocus = np.asarray(series.defocus)
     farthest = np.maximum(abs(defocus - np.min(depths)), abs(defocus - np.max(depths))) + 5.0
     ends = np.linspace(0, farthest.max(), CLASSES + 1)[1:]
     found = []
     for low, high in zip([-1.0, *ends[:-1]], ends, strict=True):
         images = np.flatnonzero((farthest > low) & (farthest <= high * (1 + 1e-9)))
         if len(images):
-            half = int(np.ceil(window_radius(library, high) / series.pixel_size)) + 1
+            half = int(np.ceil(window_radius(library, high, faint) / series.pixel_size)) + 1
             found.append(Window(images, half, window_renderer(library, series.pixel_size, half, high)))
     return found
 
@@ -212,6 +212,55 @@ def rates(parameters: dict, problem: Problem, windows: list[Window] | None = Non
     return evaluate(parameters, problem, windows, derivatives=False).rate
 
 
+class _Painted(NamedTuple):
+    """One image: its columns' windows and their corners on the padded canvas, electrons per unit of signal, expected counts and their derivatives by nuisances."""
+
+    drawn: Array
+    corners: Array
+    unit: float
+    rate: np.ndarray
+    by_nuisance: np.ndarray
+
+
+def _painted(parameters: dict, problem: Problem, i: int, window: Window, pad: int, derivatives: bool) -> _Painted:
+    """Image i; nuisances are the names `per_image`, of this image, then `GLOBAL`."""
+    series = problem.series
+    ny, nx = series.shape
+    electrons = float(np.broadcast_to(np.asarray(series.dose, float), len(series.defocus))[i]) * series.pixel_size**2
+    unit = electrons * float(np.exp(parameters["log_gain"][i]))
+    placed = _place(parameters, problem, i, window.half, pad)
+    drawn, corners = _draw(parameters, problem, window, placed, derivatives), jnp.asarray(placed.corners)
+    layers = _fold(np.asarray(_paint(drawn, corners, (ny + 2 * pad, nx + 2 * pad))).sum(0), pad, series.periodic).astype(float)
+    signal = unit * layers[0]
+    own = field_of({name: value[i : i + 1] if name in PER_IMAGE else value for name, value in parameters.items()}, problem.n_atoms)
+    dark = np.broadcast_to(electrons * np.asarray(background_images(own, series)[0], float), signal.shape)
+    rate = np.maximum(signal + dark, DARKEST)
+    if not derivatives:
+        return _Painted(drawn, corners, unit, rate, np.empty((0, ny, nx)))
+    nominal = np.asarray(series.defocus)
+    smooth = dark * smooth_functions(series.shape) if SMOOTH[0] in parameters else ()
+    by_focus, by_variance = unit * layers[1], unit * layers[4] if len(layers) > 4 else np.zeros_like(signal)
+    by_nuisance = np.stack([signal, dark, unit * layers[2], unit * layers[3], *smooth, by_focus, by_focus * (nominal[i] - nominal.mean()), by_variance])
+    return _Painted(drawn, corners, unit, rate, by_nuisance)
+
+
+def _over_columns(painted: _Painted, layers: np.ndarray, pad: int, problem: Problem, kinds: slice = MOVES) -> np.ndarray:
+    """Sums over the pixels of layers (L, ny, nx) times derivatives by each column's depth, x and y, or by its amplitude (C, kind, L)."""
+    seen = jnp.asarray(_unfold(layers.astype(np.float32), pad, problem.series.periodic))
+    sums = np.asarray(_overlaps(painted.drawn[:, kinds], painted.corners, seen), float)[: len(problem.n_atoms)]
+    return sums * painted.unit * SIGNS[kinds, None]
+
+
+def _precision(rate: np.ndarray, problem: Problem, i: int) -> np.ndarray:
+    """Of the counts of image i, by pixel; zero where masked."""
+    return np.asarray(problem.mask[i]) / (np.maximum(rate, DARKEST) + float(problem.read_variance)) / float(problem.dispersion)
+
+
+def _widest(windows: list[Window]) -> int:
+    """Padding that takes in every window of a column at the field's edge."""
+    return 2 * max(w.half for w in windows) + 2
+
+
 def evaluate(
     parameters: dict,
     problem: Problem,
@@ -220,9 +269,8 @@ def evaluate(
     derivatives: bool = True,
     progress: Callable = lambda items, **_: items,
     directions: np.ndarray | None = None,
-    border: bool = True,
 ) -> Sums:
-    """Log-likelihood, expected counts, score and the nuisances' Fisher information, one image at a time.
+    """Log-likelihood, expected counts and score, one image at a time.
 
     Parameters
     ----------
@@ -230,80 +278,41 @@ def evaluate(
         Only these; the rest of `rate` stays zero.
     derivatives : bool
         Without, only log-likelihood and rate.
-    border : bool
-        Without, the nuisances' information and its border with columns stay zero: most of the work beyond the score.
     directions : (K, F, ny, nx), optional
         Changes of the expected counts, for `Sums.along`.
     """
     parameters = _plain(parameters)
-    series, periodic = problem.series, problem.series.periodic
-    windows = windows or plan_windows(problem.library, series, parameters["depth"])
-    n_columns, n_foci, (ny, nx) = len(problem.n_atoms), len(series.defocus), series.shape
-    field = field_of(parameters, problem.n_atoms)
-    scale = np.broadcast_to(np.asarray(series.dose, float), (n_foci,)) * series.pixel_size**2
-    gain, background = np.asarray(field.gain), np.asarray(background_images(field, series), float)
-    smooth = smooth_functions(series.shape).astype(float)
+    windows = windows or plan_windows(problem.library, problem.series, parameters["depth"])
+    n_columns, n_foci, shape = len(problem.n_atoms), len(problem.series.defocus), problem.series.shape
     names = per_image(problem)
-    nominal = np.asarray(series.defocus)
-    variance, dispersion = float(problem.read_variance), float(problem.dispersion)
-    score = {name: np.zeros(n_columns) for name in PER_COLUMN} | {name: np.zeros(n_foci) for name in names} | dict.fromkeys(GLOBAL, 0.0)
-    k = len(names) * n_foci + len(GLOBAL)
-    directions = np.empty((0, n_foci, ny, nx)) if directions is None else directions
-    along = {name: np.zeros((np.size(score[name]), len(directions))) for name in score}
-    edge, corner = np.zeros((3 * n_columns, k)), np.zeros((k, k))
-    rate = np.zeros((n_foci, ny, nx), np.float32)
+    variance = float(problem.read_variance)
+    directions = np.empty((0, n_foci, *shape)) if directions is None else directions
+    size = dict.fromkeys(PER_COLUMN, n_columns) | dict.fromkeys(names, n_foci) | dict.fromkeys(GLOBAL, 1)
+    along = {name: np.zeros((n, 1 + len(directions))) for name, n in size.items()}  # the score, then each direction
+    rate = np.zeros((n_foci, *shape), np.float32)
     total = 0.0
     wanted = np.arange(n_foci) if images is None else np.asarray(images)
-    todo = [(w, int(i)) for w in windows for i in w.images if i in set(wanted.tolist())]
-    pad = 2 * max(w.half for w in windows) + 2
-    for window, i in progress(todo, desc="images", unit="image"):
-        placed = _place(parameters, problem, i, window.half, pad)
-        drawn = _draw(parameters, problem, window, placed, derivatives)
-        corners = jnp.asarray(placed.corners)
-        layers = _fold(np.asarray(_paint(drawn, corners, (ny + 2 * pad, nx + 2 * pad))).sum(0), pad, periodic).astype(float)
-        signal = scale[i] * gain[i] * layers[0]
-        own_rate = np.maximum(signal + scale[i] * background[i], DARKEST)
-        rate[i] = own_rate
+    pad = _widest(windows)
+    for window, i in progress([(w, int(i)) for w in windows for i in w.images if i in wanted], desc="images", unit="image"):
+        painted = _painted(parameters, problem, i, window, pad, derivatives)
+        rate[i] = painted.rate
         counts, used = np.asarray(problem.counts[i], float), np.asarray(problem.mask[i])
-        total += float(np.where(used, (counts + variance) * np.log(own_rate + variance) - own_rate, 0.0).sum()) / dispersion
+        total += float(np.where(used, (counts + variance) * np.log(painted.rate + variance) - painted.rate, 0.0).sum()) / float(problem.dispersion)
         if not derivatives:
             continue
-        weight = used / (own_rate + variance) / dispersion
-        residual = (counts - own_rate) * weight
-        unit = scale[i] * gain[i]
-        lever = nominal[i] - nominal.mean()
-        dark = np.broadcast_to(scale[i] * background[i], signal.shape)
-        own = np.stack([
-            signal, dark, unit * layers[2], unit * layers[3], *(dark * smooth[: len(names) - 4]),
-            unit * layers[1], unit * layers[1] * lever, unit * layers[4] if len(layers) > 4 else np.zeros_like(signal),
-        ])
-        at = [j * n_foci + i for j in range(len(names))] + [len(names) * n_foci + j for j in range(len(GLOBAL))]
-        flat = own.reshape(len(own), -1)
-        if border:
-            corner[np.ix_(at, at)] += (flat * weight.ravel()) @ flat.T
-        changes = np.stack([residual, *(c[i] * weight for c in directions)])
-        own_changes = flat @ changes.reshape(len(changes), -1).T
-        for j, name in enumerate((*names, *GLOBAL)):
-            which = i if name in names else 0
-            along[name][which] += own_changes[j, 1:]
-            if name in GLOBAL:
-                score[name] += own_changes[j, 0]
-            else:
-                score[name][i] += own_changes[j, 0]
-        seen = _unfold(np.concatenate([changes, own * weight] if border else [changes]).astype(np.float32), pad, periodic)
-        sums = np.asarray(_overlaps(drawn[:, 1:4], corners, jnp.asarray(seen)), float)[:n_columns] * unit
-        sums[:, 0] *= -1  # by depth: against defocus - depth
+        changes = np.stack([counts - painted.rate, *(c[i] for c in directions)]) * _precision(painted.rate, problem, i)
+        of_nuisances = np.tensordot(painted.by_nuisance, changes, ([1, 2], [1, 2]))
+        for name, row in zip((*names, *GLOBAL), of_nuisances, strict=True):
+            along[name][i if name in names else 0] += row
+        of_columns = _over_columns(painted, changes, pad, problem)
         for j, name in enumerate(PER_COLUMN):
-            score[name] += sums[:, j, 0]
-            along[name] += sums[:, j, 1 : len(changes)]
-            if border:
-                edge[j * n_columns : (j + 1) * n_columns, at] += sums[:, j, len(changes) :]
-    return Sums(total, rate, score, edge, corner, along)
+            along[name] += of_columns[:, j]
+    return Sums(total, rate, {name: a[:, 0] for name, a in along.items()}, {name: a[:, 1:] for name, a in along.items()})
 
 
 def information_along(parameters: dict, problem: Problem, directions: np.ndarray) -> np.ndarray:
     """Information (P, K) between the free parameters and changes of the expected counts (K, F, ny, nx), as `likelihood.information_along`."""
-    along = evaluate(parameters, problem, directions=directions, border=False).along
+    along = evaluate(parameters, problem, directions=directions).along
     return np.concatenate([along[name] for name in problem.free])
 
 
@@ -313,7 +322,7 @@ def _add_tile_products(
 ) -> Float[Array, "tile r r"]:
     """Total plus, for each tile, the sum over its pixels of weight x rows x rows, rows (member, kind) of the windows that reach it.
 
-    Windows come with a margin of a tile on each side; `offsets` (tile, member, 2) are where the tile begins in each.
+    `offsets` (tile, member, 2) are where the tile begins in each window with a margin of a tile on each side; the last window is all zero.
     """
     kinds = drawn.shape[1]
 
@@ -323,38 +332,29 @@ def _add_tile_products(
         rows = jax.vmap(cut)(members, offsets).reshape(-1, TILE * TILE) * jnp.sqrt(weight).ravel()
         return total + rows @ rows.T
 
-    own = lambda total, members, offsets, weights, drawn: jax.lax.map(partial(one, drawn=drawn), (total, members, offsets, weights))
+    def own(total, members, offsets, weights, drawn):
+        with_margin = jnp.pad(drawn, [(0, 1), (0, 0), (TILE, TILE), (TILE, TILE)])
+        return jax.lax.map(partial(one, drawn=with_margin), (total, members, offsets, weights))
+
     return spread(own, (SPREAD, SPREAD, SPREAD, SPREAD, WHOLE))(total, members, offsets, weights, drawn)
 
 
 def column_information(
-    parameters: dict,
-    problem: Problem,
-    rate: np.ndarray,
-    windows: list[Window],
-    memory: float = 1.5e9,
-    amplitude: bool = False,
-    progress: Callable = lambda items, **_: items,
+    parameters: dict, problem: Problem, rate: np.ndarray, windows: list[Window], kinds: slice = MOVES, progress: Callable = lambda items, **_: items
 ) -> ArrowMatrix:
-    """Fisher information among the columns' (depth, x, y), block-tridiagonal over strips; border and corner left at zero.
+    """Fisher information among the columns' (depth, x, y), or their `AMPLITUDE`, block-tridiagonal over strips; border and corner left at zero.
 
-    Order of the full vector: all depths, all x, all y. With `amplitude` one row a column instead: a factor on its signal.
-
-    Parameters
-    ----------
-    memory : float
-        Bytes that tiles may hold at a time; the field is taken in bands of tiles for it.
+    Order of the full vector: all depths, all x, all y.
+    The field is taken in bands of tiles that hold at most `BAND` bytes.
     """
     parameters = _plain(parameters)
     series, periodic = problem.series, problem.series.periodic
     n_columns, n_foci, (ny, nx) = len(problem.n_atoms), len(series.defocus), series.shape
-    kinds = slice(0, 1) if amplitude else slice(1, 4)
-    n_kinds = 1 if amplitude else 3
+    n_kinds = kinds.stop - kinds.start
     xy = np.stack([parameters["x"], parameters["y"]], 1)
     reach = (2 * max(w.half for w in windows) + 3) * series.pixel_size
     axis = int(np.ptp(xy[:, 1]) > np.ptp(xy[:, 0]))
-    # a periodic field couples its first strip to its last: then one strip holds it all
-    parts = [np.arange(n_columns)] if periodic else strips(xy[:, axis], reach)
+    parts = strips(xy[:, axis], reach, (nx, ny)[axis] * series.pixel_size if periodic else None)
     strip, row = np.empty(n_columns, int), np.empty(n_columns, int)
     for s, part in enumerate(parts):
         strip[part], row[part] = s, np.arange(len(part))
@@ -363,14 +363,12 @@ def column_information(
     lower = [np.zeros((n_kinds * len(b), n_kinds * len(a))) for a, b in pairwise(parts)]
     scale = np.broadcast_to(np.asarray(series.dose, float), (n_foci,)) * series.pixel_size**2
     gain = np.exp(parameters["log_gain"])
-    sign = np.array([1.0]) if amplitude else np.array([-1.0, 1.0, 1.0])
-    variance, dispersion = float(problem.read_variance), float(problem.dispersion)
-    pad = 2 * max(w.half for w in windows) + 2
+    pad = _widest(windows)
     jobs = []
     for window in windows:
         tiles = _tiles(parameters, problem, window.images, window, pad)
-        per_tile = 8.0 * (n_kinds * tiles[1].shape[1]) ** 2
-        bands = int(np.ceil(len(tiles[0]) * per_tile / memory))
+        per_tile = 4.0 * (n_kinds * tiles[1].shape[1]) ** 2
+        bands = int(np.ceil(len(tiles[0]) * per_tile / BAND))
         jobs += [(window, part) for part in _split(tiles, bands)]
     for window, (origins, members) in progress(jobs, desc="Fisher information", unit="band"):
         here = np.unique(members[members >= 0])
@@ -382,23 +380,20 @@ def column_information(
         total = jnp.zeros((len(members), n_kinds * members.shape[1], n_kinds * members.shape[1]), jnp.float32)
         for i in window.images.tolist():
             placed = _place(sub, small, i, window.half, pad)
-            drawn = np.asarray(_draw(sub, small, window, placed, not amplitude))[:, kinds]
-            nobody = len(drawn)
-            drawn = on_all(np.pad(drawn, [(0, 1), (0, 0), (TILE, TILE), (TILE, TILE)]))  # the last, all zero
-            weight = np.asarray(problem.mask[i]) / (np.maximum(rate[i].astype(float), DARKEST) + variance) / dispersion * (scale[i] * gain[i]) ** 2
-            weight = np.pad(_unfold(weight[None], pad, periodic)[0], [(0, TILE), (0, TILE)])
+            drawn = on_all(np.asarray(_draw(sub, small, window, placed, kinds == MOVES))[:, kinds])
+            weight = np.pad(_unfold(_precision(rate[i].astype(float), problem, i)[None] * (scale[i] * gain[i]) ** 2, pad, periodic)[0], [(0, TILE), (0, TILE)])
             if periodic:  # count each pixel once: only the image itself
                 weight[:pad], weight[pad + ny :], weight[:, :pad], weight[:, pad + nx :] = 0, 0, 0, 0
             cut = weight[origins[:, 0, None, None] + np.arange(TILE)[:, None], origins[:, 1, None, None] + np.arange(TILE)]
             offsets = _tile_offsets(origins, placed.corners[own], 2 * window.half + 1, (ny, nx) if periodic else None)
             outside = (members < 0) | (offsets <= 0).any(-1) | (offsets >= 2 * window.half + 1 + TILE).any(-1)
-            ids = np.where(outside, nobody, own)
+            ids = np.where(outside, len(drawn), own)
             offsets = np.where(outside[..., None], 0, offsets)
             total = _add_tile_products(total, drawn, jnp.asarray(ids), jnp.asarray(offsets), jnp.asarray(cut, jnp.float32))
-        flip = np.tile(sign, members.shape[1])
+        flip = np.tile(SIGNS[kinds], members.shape[1])
         _scatter(np.asarray(total), np.outer(flip, flip), members, strip, rows_of, diagonal, lower, n_kinds)
     order = np.concatenate([(np.arange(n_kinds) * n_columns + np.asarray(p)[:, None]).ravel() for p in parts])
-    k = 0 if amplitude else len(per_image(problem)) * n_foci + len(GLOBAL)
+    k = len(per_image(problem)) * n_foci + len(GLOBAL) if kinds == MOVES else 0
     return ArrowMatrix(order, diagonal, lower, np.zeros((len(order), k)), np.zeros((k, k)))
 
 
@@ -469,10 +464,25 @@ def _scatter(total, factor, members, strip, rows_of, diagonal, lower, n_kinds) -
                 lower[s][np.ix_(rows_b, rows_a)] += product[np.ix_(here_b, here_a)]
 
 
-def information(parameters: dict, problem: Problem, windows: list[Window], sums: Sums, progress: Callable = lambda items, **_: items, **options) -> ArrowMatrix:
-    """Fisher information over columns and all nuisances, free or not: `select` takes the free ones."""
-    columns = column_information(parameters, problem, sums.rate, windows, progress=progress, **options)
-    return columns._replace(border=sums.border[columns.order], corner=sums.corner)
+def information(parameters: dict, problem: Problem, rate: np.ndarray, progress: Callable = lambda items, **_: items) -> ArrowMatrix:
+    """Fisher information over columns and all nuisances, free or not: `select` takes the free ones.
+
+    Derivatives stop where they are `DIM`, all alike: so what columns and nuisances do in common (all positions and an image's shift) stays in common,
+    and the matrix positive. Nuisances come after the columns, the k names `per_image`, image by image for each, then `GLOBAL`.
+    """
+    parameters = _plain(parameters)
+    windows = plan_windows(problem.library, problem.series, parameters["depth"], DIM)
+    columns = column_information(parameters, problem, rate, windows, progress=progress)
+    n_columns, n_foci, names, pad = len(problem.n_atoms), len(problem.series.defocus), per_image(problem), _widest(windows)
+    border, corner = np.zeros((3, n_columns, columns.corner.shape[0])), np.zeros_like(columns.corner)
+    for window in windows:
+        for i in window.images.tolist():
+            painted = _painted(parameters, problem, i, window, pad, True)
+            weighted = painted.by_nuisance * _precision(rate[i].astype(float), problem, i)
+            at = [j * n_foci + i for j in range(len(names))] + [len(names) * n_foci + j for j in range(len(GLOBAL))]
+            corner[np.ix_(at, at)] += np.tensordot(weighted, painted.by_nuisance, ([1, 2], [1, 2]))
+            border[:, :, at] += _over_columns(painted, weighted, pad, problem).transpose(1, 0, 2)
+    return columns._replace(border=border.reshape(3 * n_columns, -1)[columns.order], corner=corner)
 
 
 def select(matrix: ArrowMatrix, problem: Problem) -> ArrowMatrix:
@@ -531,21 +541,19 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
     spread = np.array([parameters["depth"].min() - 30, parameters["depth"].max() + 30])
     windows = plan_windows(problem.library, problem.series, spread)
     factor, damping = before.curvature if before else None, 1e-6
-    current = evaluate(parameters, problem, windows, border=factor is None)
+    current = evaluate(parameters, problem, windows)
     value = current.log_likelihood + float(log_prior(parameters, problem))
     converged, iteration = False, 0
     for iteration in progress(range(max_iterations), desc="joint fit", unit="step"):
         if factor is None:
-            if not np.any(current.corner):
-                current = evaluate(parameters, problem, windows)
-            matrix = select(information(parameters, problem, windows, current), problem)
+            matrix = select(information(parameters, problem, current.rate), problem)
             factor = ArrowFactor(plus_diagonal(matrix, prior + damping * _diagonal(matrix), gauge(problem)))
         vector = to_vector(parameters, problem)
         score = np.concatenate([np.ravel(current.score[n]) for n in problem.free]) + np.asarray(prior_slope(vector, problem))
         newton = factor.solve(score)
         step = np.clip(newton, -limit, limit)
         trial = _plain(from_vector(vector + step, problem))
-        moved = evaluate(trial, problem, windows, border=False)
+        moved = evaluate(trial, problem, windows)
         gained = moved.log_likelihood + float(log_prior(trial, problem)) - value
         if gained > 0:
             parameters, current, value = trial, moved, value + gained
@@ -561,9 +569,7 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
 
 def estimate_at(mode: Mode, problem: Problem, progress: Callable = lambda items, **_: items) -> Estimate:
     """Covariance at a mode, from all images."""
-    windows = plan_windows(problem.library, problem.series, np.asarray(mode.parameters["depth"]))
-    current = evaluate(mode.parameters, problem, windows)
-    matrix = select(information(mode.parameters, problem, windows, current, progress=progress), problem)
+    matrix = select(information(mode.parameters, problem, rates(mode.parameters, problem), progress), problem)
     factor = ArrowFactor(plus_diagonal(matrix, prior_curvature(problem), gauge(problem)))
     return Estimate(mode.parameters, factor.variances(), factor, matrix, parameter_names(problem), mode.log_posterior, mode.iterations, mode.converged)
 
@@ -603,24 +609,19 @@ def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | N
     The Fisher matrix is taken over from amplitudes `before` where columns are much the same: a step with it is right to first order in
     its change, which for a few counts mended by one atom is a few per cent.
     """
-    windows = plan_windows(problem.library, problem.series, np.asarray(parameters["depth"]))
-    plain = _plain(parameters)
-    current = evaluate(parameters, problem, windows, derivatives=False)
-    if before is None:
-        matrix = column_information(parameters, problem, current.rate, windows, amplitude=True)
-        factor = ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix)))
-        sd = np.sqrt(factor.variances())
-    else:
-        factor, sd = before.curvature, before.sd
-    pad = 2 * max(w.half for w in windows) + 2
-    series = problem.series
-    scale = np.broadcast_to(np.asarray(series.dose, float), np.shape(series.defocus)) * series.pixel_size**2 * np.exp(plain["log_gain"])
-    score = np.zeros(len(problem.n_atoms))
+    parameters = _plain(parameters)
+    windows = plan_windows(problem.library, problem.series, parameters["depth"])
+    pad = _widest(windows)
+    score, rate = np.zeros(len(problem.n_atoms)), np.zeros(problem.counts.shape, np.float32)
     for window in windows:
-        for i in window.images:
-            placed = _place(plain, problem, int(i), window.half, pad)
-            drawn = _draw(plain, problem, window, placed, False)
-            residual = np.asarray(problem.mask[i]) * (np.asarray(problem.counts[i], float) - current.rate[i]) / (current.rate[i] + float(problem.read_variance)) / float(problem.dispersion)
-            seen = _unfold(residual[None].astype(np.float32), pad, series.periodic)
-            score += scale[i] * np.asarray(_overlaps(drawn, jnp.asarray(placed.corners), jnp.asarray(seen)), float)[: len(score), 0, 0]
-    return Amplitudes(1 + factor.solve(score), sd, factor)
+        for i in window.images.tolist():
+            painted = _painted(parameters, problem, i, window, pad, False)
+            rate[i] = painted.rate
+            residual = (np.asarray(problem.counts[i], float) - painted.rate) * _precision(painted.rate, problem, i)
+            score += _over_columns(painted, residual[None], pad, problem, AMPLITUDE)[:, 0, 0]
+    if before is not None:
+        return Amplitudes(1 + before.curvature.solve(score), before.sd, before.curvature)
+    narrow = plan_windows(problem.library, problem.series, parameters["depth"], DIM)
+    matrix = column_information(parameters, problem, rate, narrow, AMPLITUDE)
+    factor = ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix)))
+    return Amplitudes(1 + factor.solve(score), np.sqrt(factor.variances()), factor)

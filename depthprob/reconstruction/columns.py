@@ -1,11 +1,13 @@
 """Columns on the average of the central images: found, and fitted with 2D Gaussians as in StatSTEM."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, maximum_filter
-from scipy.sparse import coo_matrix, diags
-from scipy.sparse.linalg import spsolve
+from scipy.sparse import coo_matrix, csr_matrix
+
+from ..inference.arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
 
 
 class ColumnFit(NamedTuple):
@@ -20,7 +22,7 @@ class ColumnFit(NamedTuple):
     width : float
         Common standard deviation [Å].
     volume, volume_sd : (C,)
-        Scattering cross-section 2 pi amplitude width^2 and its standard deviation from the residuals [Å^2].
+        Scattering cross-section 2 pi amplitude width^2 and its standard deviation from the residuals, all else free [Å^2].
     background : float
     model_image : (ny, nx)
     """
@@ -84,7 +86,7 @@ def fit_columns(
 ) -> ColumnFit:
     """Joint least-squares fit of overlapping Gaussians of common width, with a constant background.
 
-    Gauss-Newton with sparse normal equations; each Gaussian reaches four widths, so the cost is linear in columns.
+    Gauss-Newton; each Gaussian reaches four widths, so the cost is linear in columns.
     """
     ny, nx = image.shape
     data = np.asarray(image, float).ravel()
@@ -92,37 +94,45 @@ def fit_columns(
     xy = np.array(positions, float)
     background = float(np.quantile(data, 0.05))
     height = np.maximum(_sample(image, xy, pixel_size) - background, 1e-9)
+    axis = int(ny > nx)
+    period = (nx, ny)[axis] * pixel_size if periodic else None
     for _ in range(iterations):
-        rows, cols, dx, dy = _near(xy, 4 * width + pixel_size, pixel_size, image.shape, periodic)
+        reach = 4 * width + pixel_size
+        rows, cols, dx, dy = _near(xy, reach, pixel_size, image.shape, periodic)
         r2 = dx**2 + dy**2
         bell = np.exp(-r2 / (2 * width**2))
         value = height[cols] * bell
         model = np.bincount(rows, value, len(data)) + background
         residual = data - model
         entries = [bell, value * dx / width**2, value * dy / width**2]
-        jacobian = coo_matrix(
-            (np.concatenate(entries), (np.tile(rows, 3), np.concatenate([cols, cols + n, cols + 2 * n]))), shape=(len(data), 3 * n)
-        ).tocsc()
+        jacobian = coo_matrix((np.concatenate(entries), (np.tile(rows, 3), np.concatenate([cols, cols + n, cols + 2 * n]))), shape=(len(data), 3 * n)).tocsr()
         by_width = np.bincount(rows, value * r2 / width**3, len(data))
-        dense = np.stack([by_width, np.ones(len(data))], 1)
-        a, b, c = (jacobian.T @ jacobian).tocsc(), jacobian.T @ dense, dense.T @ dense
-        a = a + diags(1e-6 * a.diagonal() + 1e-15)
-        right, right_dense = jacobian.T @ residual, dense.T @ residual
-        solved = spsolve(a.tocsc(), np.column_stack([right, b]))
-        step_dense = np.linalg.solve(c - b.T @ solved[:, 1:], right_dense - b.T @ solved[:, 0])
-        step = solved[:, 0] - solved[:, 1:] @ step_dense
-        move = np.clip(step[n:].reshape(2, n).T, -0.15, 0.15)
+        common = np.stack([by_width, np.ones(len(data))], 1)
+        squares = np.concatenate([jacobian.multiply(jacobian).sum(0).A1, (common**2).sum(0)])
+        factor = ArrowFactor(plus_diagonal(_normal_matrix(jacobian, common, strips(xy[:, axis], 2 * reach, period)), 1e-6 * squares + 1e-15))
+        step = factor.solve(np.concatenate([jacobian.T @ residual, common.T @ residual]))
+        move = np.clip(step[n : 3 * n].reshape(2, n).T, -0.15, 0.15)
         height = np.maximum(height + step[:n], 0.05 * height)
         xy = xy + move
-        width = float(np.clip(width + np.clip(step_dense[0], -0.05, 0.05), 0.5 * pixel_size, 1.2))
-        background += step_dense[1]
-        if abs(move).max() < 1e-4 and abs(step_dense[0]) < 1e-4:
+        width = float(np.clip(width + np.clip(step[-2], -0.05, 0.05), 0.5 * pixel_size, 1.2))
+        background += step[-1]
+        if abs(move).max() < 1e-4 and abs(step[-2]) < 1e-4:
             break
-    variance = (residual**2).sum() / max(1, len(data) - 3 * n - 2)
-    # sd of a height with its own position and the neighbours free: diagonal of the inverse normal matrix, by its block of heights
-    covariance = np.linalg.inv(a[:n, :n].toarray()) if n < 3000 else np.diag(1 / a.diagonal()[:n])
-    area = 2 * np.pi * width**2
-    return ColumnFit(xy, height, width, area * height, area * np.sqrt(variance * np.diag(covariance)), background, model.reshape(ny, nx))
+    by_width = factor.solve(np.eye(3 * n + 2)[-2])  # covariances with the common width
+    variance = width**2 * factor.variances()[:n] + 4 * height * width * by_width[:n] + 4 * height**2 * by_width[-2]
+    noise = (residual**2).sum() / max(1, len(data) - 3 * n - 2)
+    return ColumnFit(xy, height, width, 2 * np.pi * width**2 * height, 2 * np.pi * width * np.sqrt(noise * variance), background, model.reshape(ny, nx))
+
+
+def _normal_matrix(jacobian: csr_matrix, common: np.ndarray, parts: list[np.ndarray]) -> ArrowMatrix:
+    """J^T J of the columns' heights, x and y, pixels by 3 C, and of the two `common` parameters, with columns in strips."""
+    n = jacobian.shape[1] // 3
+    of_strip = [(np.arange(3) * n + part[:, None]).ravel() for part in parts]
+    normal = (jacobian.T @ jacobian).tocsr()
+    diagonal = [normal[own][:, own].toarray() for own in of_strip]
+    lower = [normal[below][:, own].toarray() for own, below in pairwise(of_strip)]
+    order = np.concatenate(of_strip)
+    return ArrowMatrix(order, diagonal, lower, (jacobian.T @ common)[order], common.T @ common)
 
 
 def _near(xy, reach, pixel_size, shape, periodic):

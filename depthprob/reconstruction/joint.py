@@ -12,6 +12,7 @@ from scipy.spatial import cKDTree
 from ..config import Config
 from ..inference import likelihood, local
 from ..inference.counts import marginal_draws, mean_square_shift
+from ..inference.gaussian_peak import PeakFit
 from ..inference.likelihood import DARKEST, PER_COLUMN, Amplitudes, Estimate, Problem, field_of, make_problem
 from ..inference.posterior import LARGE, Posterior
 from ..physics.focal_series import Field, FocalSeries
@@ -64,6 +65,12 @@ class Depths(NamedTuple):
     sd: np.ndarray
     low: np.ndarray
     high: np.ndarray
+
+
+def starting_depths(peaks: PeakFit, vague: float = 15.0) -> np.ndarray:
+    """Depths (C,) [Å] of Gaussian peaks; of columns where that failed or is as `vague` [Å], the median of the others'. Zero if no peak tells."""
+    tells = np.isfinite(peaks.depth) & (peaks.sd < vague)
+    return np.where(tells, peaks.depth, np.median(peaks.depth[tells])) if tells.any() else np.zeros(len(tells))
 
 
 def fit_jointly(

@@ -24,7 +24,7 @@ from . import quality
 from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
-from .joint import SCALE_SD, column_depths, fit_jointly
+from .joint import SCALE_SD, column_depths, fit_jointly, starting_depths
 from .lattice import snap
 from .libraries import atoms_needed, column_geometry, crystal_of, library_for, neighbouring_libraries, read_variance_of
 from .surface import ColumnEnds, Surface, column_ends, count_variance, find_surface
@@ -207,10 +207,11 @@ def reconstruct(
     stages("joint fit")
     series = FocalSeries(defocus, pixel, dose, fraction.shape[1:], periodic)
     mask = edge_mask(series, columns.positions, float(defocus[chosen].mean()), config.microscope.convergence_angle_mrad)
+    peaks = fit_gaussian_peaks(fraction, columns.positions, counted.n, library, series, drift * pixel)
     field = Field(
         positions=columns.positions,
         n_atoms=counted.n,
-        depths=np.zeros(len(found)),
+        depths=starting_depths(peaks),
         background=np.full(len(dose), max(1e-5, float(np.quantile(average, 0.02)))),
         gain=np.ones(len(dose)),
         image_shifts=drift * pixel,
