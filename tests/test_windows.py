@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthprob.physics.windows import draw_windows, window_renderer
+from depthprob.physics.windows import draw_windows, overlap_windows, window_renderer
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 PIXEL, HALF = 0.4, 18
@@ -56,3 +56,15 @@ def test_a_wider_source_is_a_gaussian_blur(library):
     side = np.arange(2 * HALF + 1) * PIXEL - float(at[0, 0])
     expected = wider.series(5, 60.0, side, side)[0]
     assert abs(drawn - expected).max() < 2e-4 * expected.max()
+
+
+def test_overlaps_are_sums_over_the_windows_drawn(library):
+    rng = np.random.default_rng(1)
+    n, z = rng.integers(1, 12, 5), rng.uniform(-110, 110, 5)
+    offset, corners, layers = (HALF + rng.uniform(0, 1, (5, 2))) * PIXEL, rng.integers(0, 20, (5, 2)), rng.normal(size=(3, 60, 60))
+    draw, side, variance = window_renderer(library, PIXEL, HALF, 120.0), 2 * HALF + 1, jnp.float32(0.02)
+    drawn = np.asarray(draw_windows(jnp.asarray(n), jnp.asarray(z), jnp.asarray(offset), variance, library, draw, True), float)
+    seen = np.array([layers[:, y : y + side, x : x + side] for y, x in corners])
+    found = overlap_windows(jnp.asarray(layers, jnp.float32), jnp.asarray(corners), jnp.asarray(n), jnp.asarray(z), jnp.asarray(offset), variance, library, draw)
+    expected, scale = np.einsum("ckyx,clyx->ckl", drawn, seen), np.sqrt(np.einsum("ckyx,ckyx->ck", drawn, drawn))
+    assert (abs(np.asarray(found) - expected) < 1e-4 * scale[..., None]).all()

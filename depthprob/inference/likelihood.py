@@ -361,13 +361,9 @@ def prior_slope(vector: jax.Array, problem: Problem) -> jax.Array:
     return jax.grad(lambda v: log_prior(from_vector(v, problem), problem))(vector)
 
 
-def maximum(problem: Problem, progress=lambda items, **_: items) -> Estimate:
-    """Joint maximum of likelihood times weak priors, with its covariance."""
-    return estimate_at(find_mode(problem, progress), problem)
-
-
-def estimate_at(mode: Mode, problem: Problem, progress=lambda items, **_: items) -> Estimate:
-    """Covariance at a mode."""
+def maximum(problem: Problem, progress=lambda items, **_: items, before: Mode | None = None) -> Estimate:
+    """Joint maximum of likelihood times weak priors, with its covariance. `before` is for `local` alone."""
+    mode = find_mode(problem, progress)
     fisher, _ = fisher_and_score(mode.parameters, problem)
     covariance = np.linalg.inv(fisher + prior_precision(problem))
     factor = np.linalg.cholesky((covariance + covariance.T) / 2)

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 from ..devices import SPREAD, WHOLE, filled, on_all, spread
 from ..physics.focal_series import FocalSeries, background_images, smooth_functions
 from ..physics.library import ColumnLibrary
-from ..physics.windows import WindowRenderer, draw_windows, window_renderer
+from ..physics.windows import WindowRenderer, draw_windows, overlap_windows, window_renderer
 from .arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
 from .likelihood import (
     DARKEST,
@@ -27,6 +28,7 @@ from .likelihood import (
     MEAN_SHIFT_SD,
     PER_COLUMN,
     PER_IMAGE,
+    ROUGH,
     SMOOTH,
     Amplitudes,
     Estimate,
@@ -44,14 +46,15 @@ from .likelihood import (
 )
 
 FAINT = 7e-4
-DIM = 5e-3  # of a column's peak, to where its derivatives enter Fisher information: standard deviations come out 0.3 % small, 1.5 % at most, at a quarter of the cost
+DIM = 1e-2  # of a column's peak, to where its derivatives enter Fisher information: standard deviations come out 0.4 % small, 2 % at most, at a fifth of the cost
 BAND = 6e8  # bytes that the products of tiles may hold at a time
-TILE = 16  # pixels; the columns that reach a tile are gathered for one matrix product
-MEMBERS = 16  # of a tile, filled up to a multiple
+TILE = 8  # pixels; the columns that reach a tile are gathered for one matrix product
+MEMBERS = 8  # of a tile, filled up to a multiple
 CLASSES = 4  # window sizes per series
 BATCH = 64  # columns drawn at a time; numbers of columns are filled up to it, so that bands of a field share compiled code
 AMPLITUDE, MOVES = slice(0, 1), slice(1, 4)  # of a column's windows: the image itself, its derivatives by z = defocus - depth, x and y
-SIGNS = np.array([1.0, -1.0, 1.0, 1.0])
+SIGNS = np.array([1.0, -1.0, 1.0, 1.0, 1.0])
+MOSTLY = 0.7  # of what a step lacks is a few columns' doing, and not an old Fisher matrix's
 CLOSE = 0.03  # standard deviations, root mean square over parameters, from the maximum: near enough
 
 
@@ -136,18 +139,15 @@ def _paint(windows: Float[Array, "column kind w w"], corners: Array, shape: tupl
     return spread(own, (SPREAD, SPREAD))(windows, corners)
 
 
-@jax.jit
-def _overlaps(windows: Float[Array, "column kind w w"], corners: Array, layers: Float[Array, "layer y x"]) -> Float[Array, "column kind layer"]:
-    """Sum over each window of every kind times every layer."""
-    side = windows.shape[-1]
+@partial(jax.jit, static_argnames=("widening_too",))
+def _overlap_spread(layers, corners, n_atoms, z, offset, source_variance, library, draw, widening_too: bool) -> Float[Array, "column kind layer"]:
+    """Overlaps of all columns' windows with the layers."""
 
-    def one(item, layers):
-        window, corner = item
-        seen = jax.lax.dynamic_slice(layers, (0, corner[0], corner[1]), (len(layers), side, side))
-        return window.reshape(len(window), -1) @ seen.reshape(len(layers), -1).T
+    def own(layers, corners, n_atoms, z, offset, source_variance, library, draw):
+        return overlap_windows(layers, corners, jnp.maximum(n_atoms, 1), z, offset, source_variance, library, draw, widening_too)
 
-    own = lambda windows, corners, layers: jax.lax.map(partial(one, layers=layers), (windows, corners), batch_size=BATCH)
-    return spread(own, (SPREAD, SPREAD, WHOLE))(windows, corners, layers)
+    specs = (WHOLE, SPREAD, SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE)
+    return spread(own, specs)(layers, corners, n_atoms, z, offset, source_variance, library, draw)
 
 
 class _Placed(NamedTuple):
@@ -200,11 +200,16 @@ def _plain(parameters: dict) -> dict:
     return {k: np.asarray(v, float) for k, v in parameters.items()}
 
 
+def _filled_up(problem: Problem, placed: _Placed) -> Array:
+    """Atom numbers, and zeros for the columns that fill up."""
+    return jnp.asarray(np.pad(np.asarray(problem.n_atoms), (0, len(placed.z) - len(problem.n_atoms))))
+
+
 def _draw(parameters: dict, problem: Problem, window: Window, placed: _Placed, derivatives: bool) -> Float[Array, "column kind w w"]:
     """Windows of all columns in one image; of those that fill up, zero."""
-    n = np.pad(np.asarray(problem.n_atoms), (0, len(placed.z) - len(problem.n_atoms)))
     variance = jnp.asarray(parameters["source_variance"], jnp.float32)
-    return _draw_spread(jnp.asarray(n), jnp.asarray(placed.z), jnp.asarray(placed.offsets), variance, problem.library, window.draw, derivatives, "source_variance" in problem.free)
+    at = (jnp.asarray(placed.z), jnp.asarray(placed.offsets))
+    return _draw_spread(_filled_up(problem, placed), *at, variance, problem.library, window.draw, derivatives, "source_variance" in problem.free)
 
 
 def rates(parameters: dict, problem: Problem, windows: list[Window] | None = None) -> np.ndarray:
@@ -212,43 +217,53 @@ def rates(parameters: dict, problem: Problem, windows: list[Window] | None = Non
     return evaluate(parameters, problem, windows, derivatives=False).rate
 
 
-class _Painted(NamedTuple):
-    """One image: its columns' windows and their corners on the padded canvas, electrons per unit of signal, expected counts and their derivatives by nuisances."""
+class _Image(NamedTuple):
+    """One image: where its columns stand, electrons per unit of their signal, and the expected counts of signal, background and both (ny, nx)."""
 
-    drawn: Array
-    corners: Array
+    placed: _Placed
     unit: float
+    signal: np.ndarray
+    dark: np.ndarray
     rate: np.ndarray
-    by_nuisance: np.ndarray
 
 
-def _painted(parameters: dict, problem: Problem, i: int, window: Window, pad: int, derivatives: bool) -> _Painted:
-    """Image i; nuisances are the names `per_image`, of this image, then `GLOBAL`."""
+def _painted(parameters: dict, problem: Problem, window: Window, placed: _Placed, pad: int, derivatives: bool) -> Float[np.ndarray, "kind y x"]:
+    """Sums of all columns' windows."""
+    ny, nx = problem.series.shape
+    drawn = _draw(parameters, problem, window, placed, derivatives)
+    canvas = np.asarray(_paint(drawn, jnp.asarray(placed.corners), (ny + 2 * pad, nx + 2 * pad)))
+    return _fold(canvas.sum(0), pad, problem.series.periodic).astype(float)
+
+
+def _image(parameters: dict, problem: Problem, i: int, window: Window, pad: int) -> _Image:
     series = problem.series
-    ny, nx = series.shape
     electrons = float(np.broadcast_to(np.asarray(series.dose, float), len(series.defocus))[i]) * series.pixel_size**2
     unit = electrons * float(np.exp(parameters["log_gain"][i]))
     placed = _place(parameters, problem, i, window.half, pad)
-    drawn, corners = _draw(parameters, problem, window, placed, derivatives), jnp.asarray(placed.corners)
-    layers = _fold(np.asarray(_paint(drawn, corners, (ny + 2 * pad, nx + 2 * pad))).sum(0), pad, series.periodic).astype(float)
-    signal = unit * layers[0]
+    signal = unit * _painted(parameters, problem, window, placed, pad, False)[0]
     own = field_of({name: value[i : i + 1] if name in PER_IMAGE else value for name, value in parameters.items()}, problem.n_atoms)
     dark = np.broadcast_to(electrons * np.asarray(background_images(own, series)[0], float), signal.shape)
-    rate = np.maximum(signal + dark, DARKEST)
-    if not derivatives:
-        return _Painted(drawn, corners, unit, rate, np.empty((0, ny, nx)))
-    nominal = np.asarray(series.defocus)
-    smooth = dark * smooth_functions(series.shape) if SMOOTH[0] in parameters else ()
-    by_focus, by_variance = unit * layers[1], unit * layers[4] if len(layers) > 4 else np.zeros_like(signal)
-    by_nuisance = np.stack([signal, dark, unit * layers[2], unit * layers[3], *smooth, by_focus, by_focus * (nominal[i] - nominal.mean()), by_variance])
-    return _Painted(drawn, corners, unit, rate, by_nuisance)
+    return _Image(placed, unit, signal, dark, np.maximum(signal + dark, DARKEST))
 
 
-def _over_columns(painted: _Painted, layers: np.ndarray, pad: int, problem: Problem, kinds: slice = MOVES) -> np.ndarray:
-    """Sums over the pixels of layers (L, ny, nx) times derivatives by each column's depth, x and y, or by its amplitude (C, kind, L)."""
-    seen = jnp.asarray(_unfold(layers.astype(np.float32), pad, problem.series.periodic))
-    sums = np.asarray(_overlaps(painted.drawn[:, kinds], painted.corners, seen), float)[: len(problem.n_atoms)]
-    return sums * painted.unit * SIGNS[kinds, None]
+def _over_columns(parameters: dict, problem: Problem, image: _Image, window: Window, layers: np.ndarray, pad: int) -> Float[np.ndarray, "column kind layer"]:
+    """Sums over pixels of layers (L, ny, nx) times the derivatives by each column's amplitude, depth, x, y and the source variance."""
+    seen, placed = jnp.asarray(_unfold(layers.astype(np.float32), pad, problem.series.periodic)), image.placed
+    variance = jnp.asarray(parameters["source_variance"], jnp.float32)
+    at = (jnp.asarray(placed.corners), _filled_up(problem, placed), jnp.asarray(placed.z), jnp.asarray(placed.offsets))
+    sums = np.asarray(_overlap_spread(on_all(seen), *at, variance, problem.library, window.draw, "source_variance" in problem.free), float)[: len(problem.n_atoms)]
+    return sums * image.unit * SIGNS[: sums.shape[1], None]
+
+
+def _lever(problem: Problem, i: int) -> float:
+    """Change of an image's focus [Å] by the focus step."""
+    nominal = np.asarray(problem.series.defocus)
+    return float(nominal[i] - nominal.mean())
+
+
+def _smooth_shapes(parameters: dict, problem: Problem) -> np.ndarray:
+    """Functions of `SMOOTH` (5, ny, nx), or none."""
+    return smooth_functions(problem.series.shape) if SMOOTH[0] in parameters else np.empty((0, *problem.series.shape))
 
 
 def _precision(rate: np.ndarray, problem: Problem, i: int) -> np.ndarray:
@@ -292,21 +307,25 @@ def evaluate(
     rate = np.zeros((n_foci, *shape), np.float32)
     total = 0.0
     wanted = np.arange(n_foci) if images is None else np.asarray(images)
-    pad = _widest(windows)
+    pad, shapes = _widest(windows), _smooth_shapes(parameters, problem)
     for window, i in progress([(w, int(i)) for w in windows for i in w.images if i in wanted], desc="images", unit="image"):
-        painted = _painted(parameters, problem, i, window, pad, derivatives)
-        rate[i] = painted.rate
+        image = _image(parameters, problem, i, window, pad)
+        rate[i] = image.rate
         counts, used = np.asarray(problem.counts[i], float), np.asarray(problem.mask[i])
-        total += float(np.where(used, (counts + variance) * np.log(painted.rate + variance) - painted.rate, 0.0).sum()) / float(problem.dispersion)
+        total += float(np.where(used, (counts + variance) * np.log(image.rate + variance) - image.rate, 0.0).sum()) / float(problem.dispersion)
         if not derivatives:
             continue
-        changes = np.stack([counts - painted.rate, *(c[i] for c in directions)]) * _precision(painted.rate, problem, i)
-        of_nuisances = np.tensordot(painted.by_nuisance, changes, ([1, 2], [1, 2]))
-        for name, row in zip((*names, *GLOBAL), of_nuisances, strict=True):
-            along[name][i if name in names else 0] += row
-        of_columns = _over_columns(painted, changes, pad, problem)
-        for j, name in enumerate(PER_COLUMN):
-            along[name] += of_columns[:, j]
+        changes = np.stack([counts - image.rate, *(c[i] for c in directions)]) * _precision(image.rate, problem, i)
+        by_column = _over_columns(parameters, problem, image, window, changes, pad)
+        for name, sums in zip(PER_COLUMN, by_column[:, MOVES].swapaxes(0, 1), strict=True):
+            along[name] += sums
+        # what moves all columns alike sums over them
+        by_depth, by_x, by_y, *by_variance = by_column[:, 1:].sum(0)
+        of_pixels = np.tensordot(np.stack([image.signal, image.dark, *(image.dark * shapes)]), changes, ([1, 2], [1, 2]))
+        for name, row in zip(names, (*of_pixels[:2], by_x, by_y, *of_pixels[2:]), strict=True):
+            along[name][i] = row
+        for name, row in zip(GLOBAL, (-by_depth, -by_depth * _lever(problem, i), *by_variance), strict=False):
+            along[name] += row
     return Sums(total, rate, {name: a[:, 0] for name, a in along.items()}, {name: a[:, 1:] for name, a in along.items()})
 
 
@@ -398,8 +417,6 @@ def column_information(
 
 
 def _subset(problem: Problem, columns: np.ndarray) -> Problem:
-    import equinox as eqx
-
     return eqx.tree_at(lambda p: p.n_atoms, problem, jnp.asarray(np.asarray(problem.n_atoms)[columns]))
 
 
@@ -475,13 +492,17 @@ def information(parameters: dict, problem: Problem, rate: np.ndarray, progress: 
     columns = column_information(parameters, problem, rate, windows, progress=progress)
     n_columns, n_foci, names, pad = len(problem.n_atoms), len(problem.series.defocus), per_image(problem), _widest(windows)
     border, corner = np.zeros((3, n_columns, columns.corner.shape[0])), np.zeros_like(columns.corner)
+    shapes = _smooth_shapes(parameters, problem)
     for window in windows:
         for i in window.images.tolist():
-            painted = _painted(parameters, problem, i, window, pad, True)
-            weighted = painted.by_nuisance * _precision(rate[i].astype(float), problem, i)
+            image = _image(parameters, problem, i, window, pad)
+            by_z, by_x, by_y, *by_variance = image.unit * _painted(parameters, problem, window, image.placed, pad, True)[1:]
+            by_variance = by_variance or [np.zeros_like(by_z)]
+            own = np.stack([image.signal, image.dark, by_x, by_y, *(image.dark * shapes), by_z, by_z * _lever(problem, i), *by_variance])
+            weighted = own * _precision(rate[i].astype(float), problem, i)
             at = [j * n_foci + i for j in range(len(names))] + [len(names) * n_foci + j for j in range(len(GLOBAL))]
-            corner[np.ix_(at, at)] += np.tensordot(weighted, painted.by_nuisance, ([1, 2], [1, 2]))
-            border[:, :, at] += _over_columns(painted, weighted, pad, problem).transpose(1, 0, 2)
+            corner[np.ix_(at, at)] += np.tensordot(weighted, own, ([1, 2], [1, 2]))
+            border[:, :, at] += _over_columns(parameters, problem, image, window, weighted, pad)[:, MOVES].swapaxes(0, 1)
     return columns._replace(border=border.reshape(3 * n_columns, -1)[columns.order], corner=corner)
 
 
@@ -519,59 +540,77 @@ def gauge(problem: Problem) -> np.ndarray:
     return precision
 
 
-def maximum(problem: Problem, progress: Callable = lambda items, **_: items) -> Estimate:
-    """Joint maximum with its covariance, as `likelihood.maximum`, for fields too large for its dense matrices."""
-    return estimate_at(find_mode(problem, progress), problem, progress)
+def maximum(problem: Problem, progress: Callable = lambda items, **_: items, before: Mode | None = None) -> Estimate:
+    """Joint maximum with its covariance, as `likelihood.maximum`, for fields too large for its dense matrices: from near the maximum by the matrix there."""
+    rough = find_mode(problem, progress, ROUGH, before=before)
+    matrix = select(information(rough.parameters, problem, rates(rough.parameters, problem), progress), problem)
+    factor = ArrowFactor(plus_diagonal(matrix, prior_curvature(problem), gauge(problem)))
+    near = eqx.tree_at(lambda p: p.start, problem, rough.parameters)
+    mode = find_mode(near, progress, before=rough._replace(curvature=factor))
+    return Estimate(mode.parameters, factor.variances(), factor, matrix, parameter_names(problem), mode.log_posterior, rough.iterations + mode.iterations, mode.converged)
+
+
+class _At(NamedTuple):
+    """Parameters, their log-posterior and its slope by the free ones, and the expected counts."""
+
+    parameters: dict
+    value: float
+    slope: np.ndarray
+    rate: np.ndarray
 
 
 def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, close: float = CLOSE, max_iterations: int = 20, before: Mode | None = None) -> Mode:
     """Joint maximum to `close` standard deviations, root mean square over parameters.
 
     The Fisher matrix, the dear part, is kept as long as steps predict their gain well: from the mode `before` atom numbers were mended, too. (One from a
-    part of the images only is no substitute: common moves of all positions, soft against the image shifts, then never come to rest.)
+    part of the images only is no substitute: common moves of all positions, soft against the image shifts, then never come to rest.) Where few columns
+    lead astray, such as thin ones far from their place, they are held back while the others go on.
     """
     parameters = _plain(problem.start)
     names = parameter_names(problem)
     prior = prior_curvature(problem)
-    limit = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in names])
+    most = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in names])
+    column = np.array([c for name, c in names if name in PER_COLUMN])
     if not np.any(parameters["depth"]):
         windows = plan_windows(problem.library, problem.series, np.array([-70.0, 70.0]))
         tried = [parameters | {"depth": parameters["depth"] + d} for d in np.arange(-60, 61, 20.0)]
         parameters = max(progress(tried, desc="common depth", unit="depth"), key=lambda p: evaluate(p, problem, windows, np.arange(len(problem.series.defocus))[::4], derivatives=False).log_likelihood)
-    spread = np.array([parameters["depth"].min() - 30, parameters["depth"].max() + 30])
-    windows = plan_windows(problem.library, problem.series, spread)
-    factor, damping = before.curvature if before else None, 1e-6
-    current = evaluate(parameters, problem, windows)
-    value = current.log_likelihood + float(log_prior(parameters, problem))
-    converged, iteration = False, 0
+    windows = plan_windows(problem.library, problem.series, np.array([parameters["depth"].min() - 30, parameters["depth"].max() + 30]))
+
+    def look(parameters: dict) -> _At:
+        sums = evaluate(parameters, problem, windows)
+        slope = np.concatenate([np.ravel(sums.score[n]) for n in problem.free]) + np.asarray(prior_slope(to_vector(parameters, problem), problem))
+        return _At(parameters, sums.log_likelihood + float(log_prior(parameters, problem)), slope, sums.rate)
+
+    move = lambda at, step: look(_plain(from_vector(to_vector(at.parameters, problem) + step, problem)))
+    factor, damping, limit = before.curvature if before else None, 1e-6, most
+    here, converged, iteration = look(parameters), False, 0
     for iteration in progress(range(max_iterations), desc="joint fit", unit="step"):
         if factor is None:
-            matrix = select(information(parameters, problem, current.rate), problem)
+            matrix = select(information(here.parameters, problem, here.rate), problem)
             factor = ArrowFactor(plus_diagonal(matrix, prior + damping * _diagonal(matrix), gauge(problem)))
-        vector = to_vector(parameters, problem)
-        score = np.concatenate([np.ravel(current.score[n]) for n in problem.free]) + np.asarray(prior_slope(vector, problem))
-        newton = factor.solve(score)
+        newton = factor.solve(here.slope)
         step = np.clip(newton, -limit, limit)
-        trial = _plain(from_vector(vector + step, problem))
-        moved = evaluate(trial, problem, windows)
-        gained = moved.log_likelihood + float(log_prior(trial, problem)) - value
-        if gained > 0:
-            parameters, current, value = trial, moved, value + gained
-        # for a quadratic the score predicts twice the gain, which is half the squared distance to the maximum in standard deviations
-        expected = float(step @ score) / 2
-        if expected < close**2 * len(vector) / 2:
+        moved = move(here, step)
+        # for a quadratic the slope predicts twice the gain, which is half the squared distance to the maximum in standard deviations
+        expected, gained, away = float(step @ here.slope) / 2, moved.value - here.value, float(newton @ here.slope)
+        limit = np.minimum(2 * limit, most)
+        if gained < 0.5 * expected:
+            # what each column's gain, by the trapezoidal rule, lacks of what was expected
+            lacks = np.maximum(0, np.bincount(column, (-step * moved.slope)[: len(column)]))
+            astray = lacks > 0.01 * lacks.sum()
+            few = lacks[astray].sum() > MOSTLY * lacks.sum()
+            if few:
+                held = np.pad(astray[column], (0, len(step) - len(column)))
+                limit = np.where(held, abs(step) / 4, limit)
+                moved = moved if gained > 0 else move(here, np.where(held, 0.0, step))
+            if not few or moved.value <= here.value:
+                factor, damping = None, min(100.0, 30 * damping) if gained < 0 else damping / 3
+        here = max(here, moved, key=lambda at: at.value)
+        if away < close**2 * len(step):
             converged = True
             break
-        if gained < 0.5 * expected or np.any(abs(newton) > limit):
-            factor, damping = None, min(100.0, 30 * damping) if gained < 0 else damping / 3
-    return Mode({k: jnp.asarray(v) for k, v in parameters.items()}, value, iteration + 1, converged, factor)
-
-
-def estimate_at(mode: Mode, problem: Problem, progress: Callable = lambda items, **_: items) -> Estimate:
-    """Covariance at a mode, from all images."""
-    matrix = select(information(mode.parameters, problem, rates(mode.parameters, problem), progress), problem)
-    factor = ArrowFactor(plus_diagonal(matrix, prior_curvature(problem), gauge(problem)))
-    return Estimate(mode.parameters, factor.variances(), factor, matrix, parameter_names(problem), mode.log_posterior, mode.iterations, mode.converged)
+    return Mode({k: jnp.asarray(v) for k, v in here.parameters.items()}, here.value, iteration + 1, converged, factor)
 
 
 def _diagonal(matrix: ArrowMatrix) -> np.ndarray:
@@ -615,10 +654,10 @@ def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | N
     score, rate = np.zeros(len(problem.n_atoms)), np.zeros(problem.counts.shape, np.float32)
     for window in windows:
         for i in window.images.tolist():
-            painted = _painted(parameters, problem, i, window, pad, False)
-            rate[i] = painted.rate
-            residual = (np.asarray(problem.counts[i], float) - painted.rate) * _precision(painted.rate, problem, i)
-            score += _over_columns(painted, residual[None], pad, problem, AMPLITUDE)[:, 0, 0]
+            image = _image(parameters, problem, i, window, pad)
+            rate[i] = image.rate
+            residual = (np.asarray(problem.counts[i], float) - image.rate) * _precision(image.rate, problem, i)
+            score += _over_columns(parameters, problem, image, window, residual[None], pad)[:, 0, 0]
     if before is not None:
         return Amplitudes(1 + before.curvature.solve(score), before.sd, before.curvature)
     narrow = plan_windows(problem.library, problem.series, parameters["depth"], DIM)

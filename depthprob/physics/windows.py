@@ -88,18 +88,14 @@ def draw_windows(
     Kinds: the image; with derivatives also its derivatives by z = defocus - depth, x, y and, `widening_too`, source variance, by which it diffuses:
     half its Laplacian.
     """
-    damping = jnp.exp(-2 * jnp.pi**2 * draw.q**2 * source_variance.astype(jnp.float32))
-    orders = 2 + (1 + widening_too) * derivatives
-    tables = [_table(series * damping, draw, orders) for series in (draw.along_x, draw.along_y)]
+    tables = _tables(source_variance, draw, 2 + (1 + widening_too) * derivatives)
 
     def one(at):
         n, z, offset = at
-        weights, slopes = jax.jvp(lambda z: library.weights(n[None], z[None])[0], (z,), (jnp.ones_like(z),))
-        core = jnp.tensordot(weights.astype(jnp.float32), draw.cores, 1)
+        core, moved = _cores(n, z, library, draw)
         vx, uy = (_between(table, position, draw) for table, position in zip(tables, offset, strict=True))
         if not derivatives:
             return (uy[0] @ (core @ vx[0].T))[None]
-        moved = jnp.tensordot(slopes.astype(jnp.float32), draw.cores, 1)
         across = core @ vx[0].T
         kinds = [uy[0] @ across, uy[0] @ (moved @ vx[0].T), -uy[0] @ (core @ vx[1].T), -uy[1] @ across]
         if widening_too:
@@ -107,6 +103,54 @@ def draw_windows(
         return jnp.stack(kinds)
 
     return jax.lax.map(one, (n_atoms, z, offset), batch_size=64)
+
+
+@partial(jax.jit, static_argnames=("widening_too",))
+def overlap_windows(
+    layers: Float[Array, "layer y x"],
+    corners: Int[Array, "column 2"],
+    n_atoms: Int[Array, " column"],
+    z: Float[Array, " column"],
+    offset: Float[Array, "column 2"],
+    source_variance: Float[Array, ""],
+    library: ColumnLibrary,
+    draw: WindowRenderer,
+    widening_too: bool = True,
+) -> Float[Array, "column kind layer"]:
+    """Sums over every column's window, its corner (y, x) somewhere on the layers, of each kind of `draw_windows`, derivatives too, times each layer.
+
+    No window is drawn: layers are projected on the functions of y and x, at a quarter of the cost.
+    """
+    tables = _tables(source_variance, draw, 3 + widening_too)
+    side = draw.waves.shape[1]
+
+    def one(at):
+        n, z, offset, corner = at
+        core, moved = _cores(n, z, library, draw)
+        vx, uy = (_between(table, position, draw) for table, position in zip(tables, offset, strict=True))
+        seen = jax.lax.dynamic_slice(layers, (0, corner[0], corner[1]), (len(layers), side, side))
+        # every order of y with every order of x, in two products
+        orders, _, k = uy.shape
+        rows = (seen.reshape(-1, side) @ jnp.moveaxis(vx, 0, 1).reshape(side, -1)).reshape(len(layers), side, -1)
+        both = jnp.einsum("yk,ayl->akl", jnp.moveaxis(uy, 0, 1).reshape(side, -1), rows).reshape(len(layers), orders, k, orders, -1)
+        kinds = [(core, both[:, 0, :, 0]), (moved, both[:, 0, :, 0]), (core, -both[:, 0, :, 1]), (core, -both[:, 1, :, 0])]
+        if widening_too:
+            kinds.append((core, (both[:, 0, :, 2] + both[:, 2, :, 0]) / 2))
+        return jnp.stack([jnp.einsum("kl,akl->a", c, p) for c, p in kinds])
+
+    return jax.lax.map(one, (n_atoms, z, offset, corners), batch_size=64)
+
+
+def _cores(n: Array, z: Array, library: ColumnLibrary, draw: WindowRenderer) -> tuple[Float[Array, "k l"], Float[Array, "k l"]]:
+    """A column's image in the functions of y and x, and its derivative by z."""
+    weights, slopes = jax.jvp(lambda z: library.weights(n[None], z[None])[0], (z,), (jnp.ones_like(z),))
+    return tuple(jnp.tensordot(w.astype(jnp.float32), draw.cores, 1) for w in (weights, slopes))
+
+
+def _tables(source_variance: Float[Array, ""], draw: WindowRenderer, orders: int) -> list[Float[Array, "position order w k"]]:
+    """Of x and of y."""
+    damping = jnp.exp(-2 * jnp.pi**2 * draw.q**2 * source_variance.astype(jnp.float32))
+    return [_table(series * damping, draw, orders) for series in (draw.along_x, draw.along_y)]
 
 
 def _table(series: Array, draw: WindowRenderer, orders: int) -> Float[Array, "position order w k"]:

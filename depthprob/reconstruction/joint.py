@@ -108,8 +108,7 @@ def fit_jointly(
     problem = pose(field_of(mode.parameters, problem.n_atoms), centre)
     if dispersed:
         problem, mode = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)), None
-    mode = fit.find_mode(problem, progress, before=mode)
-    return JointFit(problem, fit.estimate_at(mode, problem, progress), counts, amplitudes, settled)
+    return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled)
 
 
 def hidden_columns(parameters: dict, problem: Problem, rate: np.ndarray) -> np.ndarray:
