@@ -1,6 +1,7 @@
 """Command line: one command per task; 2 and one message for bad input, no half-written result."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -219,6 +220,9 @@ def reconstruct(
             raise InputError(
                 f"--memory-limit is {memory_limit:g}; allowed is a number of GB above 0."
             )
+        if memory_limit is not None:
+            simulation = dataclasses.replace(settings.simulation, memory_limit_GB=memory_limit)
+            settings = dataclasses.replace(settings, simulation=simulation)
         if library is not None and not library.is_file():
             raise InputError(
                 f"no library file {str(library)!r}. Build one with `depthprob library`."
@@ -235,7 +239,6 @@ def reconstruct(
                 folder,
                 library_path=library,
                 method=method,
-                memory_limit=memory_limit,
                 quiet=quiet,
                 checkpoint=checkpoint,
             )

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 
 from .config import Config, read_config
-from .errors import InputError
 from .inference.posterior import write_netcdf
 from .io import read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
 from .reconstruction.libraries import read_library
-from .reconstruction.pipeline import Reconstruction, reconstruct
+from .reconstruction.pipeline import Reconstruction, reconstruct, refuse_beyond_limit
 from .reconstruction.surface import surface_as_dict
 from .report import write_report
 from .statstem import ColumnResult, write_statstem
@@ -62,20 +61,16 @@ def write(result: Reconstruction, folder: Path) -> None:
     write_report(folder / "report.html", result)
 
 
-def run(stack_path, config: Config, folder, library_path=None, method=None, memory_limit=None, quiet=False, checkpoint=None) -> None:
+def run(stack_path, config: Config, folder, library_path=None, method=None, quiet=False, checkpoint=None) -> None:
     """Read a stack, reconstruct it and write everything into a folder. An interrupted NUTS run goes on from its `checkpoint`.
 
     Raises
     ------
     InputError
-        For whatever is wrong with the stack, the config, the library, or a memory limit [GB] below what the field needs.
+        For whatever is wrong with the stack, the config, the library, or a memory limit below what the field needs.
     """
     stack = read_stack(stack_path, config)
-    need = 60 * stack.data.size * 4 / 1e9 + 1.0
-    name = "simulation.memory_limit_GB" if memory_limit is None else "--memory-limit"
-    memory_limit = memory_limit or config.simulation.memory_limit_GB
-    if memory_limit is not None and need > memory_limit:
-        raise InputError(f"{name} is {memory_limit:g} GB; this series of {stack.data.shape} needs about {need:.1f} GB. Raise the limit or crop the series.")
+    refuse_beyond_limit(config, 240e-9 * stack.data.size + 1.0, f"series of {stack.data.shape}")
     library = read_library(library_path, config) if library_path is not None else None
     write(reconstruct(stack, config, library, method, quiet, checkpoint=checkpoint), Path(folder))
 

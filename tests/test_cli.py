@@ -184,6 +184,6 @@ def test_ctrl_c_leaves_with_status_130_one_line_and_no_half_result(tmp_path):
 
 
 def test_a_series_above_the_memory_limit_is_refused(inputs):
-    assert "--memory-limit is 0.5 GB" in reconstruct(inputs, "--memory-limit", "0.5")
+    assert "(--memory-limit) is 0.5; series of " in reconstruct(inputs, "--memory-limit", "0.5")
     (inputs / "config.toml").write_text(CONFIG + "[simulation]\nmemory_limit_GB = 0.5\n")
-    assert "simulation.memory_limit_GB is 0.5" in reconstruct(inputs)
+    assert "simulation.memory_limit_GB (--memory-limit) is 0.5" in reconstruct(inputs)

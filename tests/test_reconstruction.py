@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ase.build import bulk
@@ -152,8 +153,6 @@ def test_drift_never_hops_a_lattice_period():
 @pytest.mark.filterwarnings("ignore")
 def test_shifts_found_elsewhere_are_where_the_fit_starts_from_and_are_refined(library, tmp_path, monkeypatch):
     """Images that jump by whole lattice periods, and a file that knows of them but for a fifth of a pixel."""
-    import jax
-
     from depthprob.config import config_from_dict
     from depthprob.io import Stack, write_drift_csv
     from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
@@ -173,6 +172,22 @@ def test_shifts_found_elsewhere_are_where_the_fit_starts_from_and_are_refined(li
         found = pipeline.reconstruct(Stack(counts, defocus, pixel, {}), config, library, method="mle", quiet=True)
     assert abs(found.drift_start_px - shifts).max() > 0.1
     np.testing.assert_allclose(found.drift_px, shifts, atol=0.01)
+
+
+def test_a_large_field_above_the_memory_limit_is_refused_before_its_fit(library, monkeypatch):
+    from depthprob.config import config_from_dict
+    from depthprob.errors import InputError
+    from depthprob.io import Stack
+    from depthprob.reconstruction import pipeline
+
+    monkeypatch.setattr(pipeline, "LARGE", 3)
+    monkeypatch.delattr(pipeline, "fit_jointly")
+    pixel, defocus = 0.4, np.arange(-40.0, 41.0, 20.0)
+    side, here = np.arange(24) * pixel, 3.6 + 2.04 * np.arange(2)
+    counts = 400.0 * (sum(library.series(4, defocus, side - x, side - y) for x in here for y in here) + 1e-3)
+    config = config_from_dict({"focal_series": {"defocus_A": defocus.tolist(), "pixel_size_A": pixel, "dose_e_per_A2": 2500.0}, "simulation": {"memory_limit_GB": 1.2}})
+    with jax.enable_x64(True), pytest.raises(InputError, match=r"memory_limit_GB .* is 1.2; 4 columns in 5 images of 24 x 24 pixels need about 1.6 GB"):
+        pipeline.reconstruct(Stack(counts, defocus, pixel, {}), config, library, method="mle", quiet=True)
 
 
 @needs_particle

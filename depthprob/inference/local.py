@@ -47,7 +47,7 @@ from .likelihood import (
 
 FAINT = 7e-4
 DIM = 1e-2  # of a column's peak, to where its derivatives enter Fisher information: standard deviations come out 0.4 % small, 2 % at most, at a fifth of the cost
-BAND = 6e8  # bytes that the products of tiles may hold at a time
+BAND = 3e8  # bytes that the products of tiles may hold at a time
 TILE = 8  # pixels; the columns that reach a tile are gathered for one matrix product
 MEMBERS = 8  # of a tile, filled up to a multiple
 CLASSES = 4  # window sizes per series
@@ -370,10 +370,7 @@ def column_information(
     series, periodic = problem.series, problem.series.periodic
     n_columns, n_foci, (ny, nx) = len(problem.n_atoms), len(series.defocus), series.shape
     n_kinds = kinds.stop - kinds.start
-    xy = np.stack([parameters["x"], parameters["y"]], 1)
-    reach = (2 * max(w.half for w in windows) + 3) * series.pixel_size
-    axis = int(np.ptp(xy[:, 1]) > np.ptp(xy[:, 0]))
-    parts = strips(xy[:, axis], reach, (nx, ny)[axis] * series.pixel_size if periodic else None)
+    parts = _strips_of(parameters, series, windows)
     strip, row = np.empty(n_columns, int), np.empty(n_columns, int)
     for s, part in enumerate(parts):
         strip[part], row[part] = s, np.arange(len(part))
@@ -414,6 +411,24 @@ def column_information(
     order = np.concatenate([(np.arange(n_kinds) * n_columns + np.asarray(p)[:, None]).ravel() for p in parts])
     k = len(per_image(problem)) * n_foci + len(GLOBAL) if kinds == MOVES else 0
     return ArrowMatrix(order, diagonal, lower, np.zeros((len(order), k)), np.zeros((k, k)))
+
+
+def _strips_of(parameters: dict, series: FocalSeries, windows: list[Window]) -> list[np.ndarray]:
+    """Columns in strips across the longer side of the field, each as wide as two windows that touch."""
+    xy = np.stack([parameters["x"], parameters["y"]], 1)
+    axis = int(np.ptp(xy[:, 1]) > np.ptp(xy[:, 0]))
+    return strips(xy[:, axis], (2 * max(w.half for w in windows) + 3) * series.pixel_size, series.shape[1 - axis] * series.pixel_size if series.periodic else None)
+
+
+def memory(problem: Problem, draws: int = 0) -> float:
+    """Bytes that fitting a field takes, with so many draws of its posterior: within a third of what fields of 400 to 6,000 columns took."""
+    parameters, series, n_columns = _plain(problem.start), problem.series, len(problem.n_atoms)
+    wide, narrow = (plan_windows(problem.library, series, parameters["depth"], faint) for faint in (FAINT, DIM))
+    rows = 3 * np.array([len(part) for part in _strips_of(parameters, series, narrow)])
+    matrix = 8.0 * ((rows**2).sum() + (rows[1:] * rows[:-1]).sum())
+    nuisances = len(per_image(problem)) * len(series.defocus) + len(GLOBAL)
+    per_column = 6 * 4 * (2 * max(w.half for w in wide) + 1) ** 2 + 3 * 8 * (5 * nuisances + 4 * draws)
+    return 1e9 + 3.5 * matrix + 2 * BAND + n_columns * per_column + 12 * 8 * problem.counts.size
 
 
 def _subset(problem: Problem, columns: np.ndarray) -> Problem:

@@ -1,5 +1,6 @@
 """Atom counts and the joint fit of a field, in turn until they agree, and the depths that come of it."""
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from .counting import Counts, count_by_library
 from .drift import shift_images
 from .libraries import read_variance_of
 
+LOOKS, FIXED_SECONDS = 90, 60.0  # at all images, counting Fisher matrices as so many; and what a reconstruction takes besides
 ROUNDS = 8  # of counting, fitting and looking for hidden columns
 SHARPEST = 8  # images that hidden columns are looked for in
 LIBRARY_ERROR = 0.015  # relative, of cross-sections: what superposition and thermal model leave
@@ -73,22 +75,44 @@ def starting_depths(peaks: PeakFit, vague: float = 15.0) -> np.ndarray:
     return np.where(tells, peaks.depth, np.median(peaks.depth[tells])) if tells.any() else np.zeros(len(tells))
 
 
-def fit_jointly(
-    stack: np.ndarray, field: Field, library: ColumnLibrary, series: FocalSeries, mask: np.ndarray, config: Config, progress: Callable = lambda items, **_: items
-) -> JointFit:
-    """Fit a stack (F, ny, nx) [e/pixel] from a starting field, its atom counts mended by the amplitudes that the fit asks for.
+class Forecast(NamedTuple):
+    """What a joint fit will take."""
+
+    seconds: float
+    gigabytes: float
+
+
+def forecast(problem: Problem, draws: int) -> Forecast:
+    """Time and memory of a field fitted window by window, with so many draws of its posterior: from what one image takes here and now."""
+    image = np.array([len(problem.series.defocus) // 4])
+    local.evaluate(problem.start, problem, images=image)  # compiles
+    start = time.perf_counter()
+    local.evaluate(problem.start, problem, images=image)
+    return Forecast(FIXED_SECONDS + LOOKS * len(problem.series.defocus) * (time.perf_counter() - start), local.memory(problem, draws) / 1e9)
+
+
+def pose(
+    stack: np.ndarray, field: Field, library: ColumnLibrary, series: FocalSeries, mask: np.ndarray, config: Config, centre: dict | None = None
+) -> Problem:
+    """The joint fit of a stack (F, ny, nx) [e/pixel] from a starting field, as the config asks for it.
 
     A free focus offset and a common shift of all depths are one thing: the offset is held here.
     """
     free = tuple(name for name in config.inference.free if name != "focus_offset") + ("smooth_background",) * (config.inference.background == "smooth")
-    large = len(field.n_atoms) > LARGE
-    fit = local if large else likelihood
     prior_sd = {name: sd for word, sd in config.inference.prior_sd.items() for name in PRIOR_OF[word]}
-    pose = lambda field, centre=None: make_problem(stack, field, library, series, free, mask, read_variance_of(config), not large, prior_sd, centre)
+    return make_problem(stack, field, library, series, free, mask, read_variance_of(config), len(field.n_atoms) <= LARGE, prior_sd, centre)
+
+
+def fit_jointly(
+    stack: np.ndarray, field: Field, library: ColumnLibrary, series: FocalSeries, mask: np.ndarray, config: Config, progress: Callable = lambda items, **_: items
+) -> JointFit:
+    """Fit a stack (F, ny, nx) [e/pixel] from a starting field, its atom counts mended by the amplitudes that the fit asks for."""
+    posed = lambda field, centre=None: pose(stack, field, library, series, mask, config, centre)
+    fit = local if len(field.n_atoms) > LARGE else likelihood
     dispersed = config.inference.noise == "over_dispersed"
-    centre, mode, amplitudes, settled = pose(field).centre, None, None, False
+    centre, mode, amplitudes, settled = posed(field).centre, None, None, False
     for last in (False,) * (ROUNDS - 1) + (True,):
-        problem = pose(field, centre)
+        problem = posed(field, centre)
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
         amplitudes = fit.column_amplitudes(mode.parameters, problem, amplitudes)
         noisier = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)).dispersion ** 0.5 if dispersed else 1.0
@@ -104,8 +128,8 @@ def fit_jointly(
         if not len(hidden):
             break
         field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False
-        centre |= {name: jnp.concatenate([centre[name], pose(field).centre[name][len(n) :]]) for name in PER_COLUMN}
-    problem = pose(field_of(mode.parameters, problem.n_atoms), centre)
+        centre |= {name: jnp.concatenate([centre[name], posed(field).centre[name][len(n) :]]) for name in PER_COLUMN}
+    problem = posed(field_of(mode.parameters, problem.n_atoms), centre)
     if dispersed:
         problem, mode = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)), None
     return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled)

@@ -1,5 +1,6 @@
 """From a raw focal series to atoms: every stage in order, each usable alone."""
 
+import math
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,7 +17,7 @@ from ..inference import held, likelihood, local
 from ..inference.counts import depth_shifts
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
 from ..inference.likelihood import goodness_of_fit
-from ..inference.posterior import infer, to_arviz
+from ..inference.posterior import LARGE, infer, to_arviz
 from ..io import Stack, read_drift_csv
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
@@ -24,7 +25,7 @@ from . import quality
 from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
-from .joint import SCALE_SD, column_depths, fit_jointly, starting_depths
+from .joint import SCALE_SD, column_depths, fit_jointly, forecast, pose, starting_depths
 from .lattice import snap
 from .libraries import atoms_needed, column_geometry, crystal_of, library_for, neighbouring_libraries, read_variance_of
 from .surface import ColumnEnds, Surface, column_ends, count_variance, find_surface
@@ -95,13 +96,24 @@ class Stages:
         if self._name:
             self.seconds[self._name] = round(now - self._start, 2)
         self._name, self._start = name, now
-        if name and not self.quiet:
-            tqdm.write(f"depthprob: {name}")
+        if name:
+            self.tell(name)
+
+    def tell(self, line: str) -> None:
+        if not self.quiet:
+            tqdm.write(f"depthprob: {line}")
 
 
 def progress_bar(quiet: bool):
     """What shows how far an iteration is, with an estimate; nothing when quiet."""
     return lambda items, **k: tqdm(items, disable=quiet, **k)
+
+
+def refuse_beyond_limit(config: Config, gigabytes: float, what: str) -> None:
+    """Raise InputError where `what` needs more memory than the config allows."""
+    limit = config.simulation.memory_limit_GB
+    if limit is not None and gigabytes > limit:
+        raise InputError(f"simulation.memory_limit_GB (--memory-limit) is {limit:g}; {what} need about {gigabytes:.1f} GB. Raise the limit or crop the series.")
 
 
 def edge_mask(series: FocalSeries, positions: np.ndarray, focus: float, angle: float, near: float = 3.0) -> np.ndarray:
@@ -216,6 +228,11 @@ def reconstruct(
         gain=np.ones(len(dose)),
         image_shifts=drift * pixel,
     )
+    if len(found) > LARGE:
+        need = forecast(pose(stack.data, field, library, series, mask, config), config.inference.samples * config.inference.chains)
+        what = f"{len(found)} columns in {len(defocus)} images of {series.shape[0]} x {series.shape[1]} pixels"
+        refuse_beyond_limit(config, need.gigabytes, what)
+        stages.tell(f"{what} take about {math.ceil(need.seconds / 60)} minutes and {need.gigabytes:.1f} GB")
     joint = fit_jointly(stack.data, field, library, series, mask, config, progress)
     problem, estimate, fit = joint.problem, joint.estimate, joint.reader
     n_atoms, probability = np.asarray(problem.n_atoms), joint.counts.probability
