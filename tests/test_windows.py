@@ -65,6 +65,6 @@ def test_overlaps_are_sums_over_the_windows_drawn(library):
     draw, side, variance = window_renderer(library, PIXEL, HALF, 120.0), 2 * HALF + 1, jnp.float32(0.02)
     drawn = np.asarray(draw_windows(jnp.asarray(n), jnp.asarray(z), jnp.asarray(offset), variance, library, draw, True), float)
     seen = np.array([layers[:, y : y + side, x : x + side] for y, x in corners])
-    found = overlap_windows(jnp.asarray(layers, jnp.float32), jnp.asarray(corners), jnp.asarray(n), jnp.asarray(z), jnp.asarray(offset), variance, library, draw)
+    found = overlap_windows(jnp.asarray(layers, jnp.float32), jnp.asarray(n), jnp.asarray(z), jnp.asarray(offset), jnp.asarray(corners), variance, library, draw)
     expected, scale = np.einsum("ckyx,clyx->ckl", drawn, seen), np.sqrt(np.einsum("ckyx,ckyx->ck", drawn, drawn))
     assert (abs(np.asarray(found) - expected) < 1e-4 * scale[..., None]).all()

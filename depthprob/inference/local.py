@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from ..devices import SPREAD, WHOLE, filled, on_all, spread
 from ..physics.focal_series import FocalSeries, background_images, smooth_functions
 from ..physics.library import ColumnLibrary
-from ..physics.windows import WindowRenderer, draw_windows, overlap_windows, window_renderer
+from ..physics.windows import BATCH, WindowRenderer, draw_windows, overlap_windows, paint_windows, window_renderer
 from .arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
 from .likelihood import (
     DARKEST,
@@ -51,7 +51,6 @@ BAND = 3e8  # bytes that the products of tiles may hold at a time
 TILE = 8  # pixels; the columns that reach a tile are gathered for one matrix product
 MEMBERS = 8  # of a tile, filled up to a multiple
 CLASSES = 4  # window sizes per series
-BATCH = 64  # columns drawn at a time; numbers of columns are filled up to it, so that bands of a field share compiled code
 AMPLITUDE, MOVES = slice(0, 1), slice(1, 4)  # of a column's windows: the image itself, its derivatives by z = defocus - depth, x and y
 SIGNS = np.array([1.0, -1.0, 1.0, 1.0, 1.0])
 MOSTLY = 0.7  # of what a step lacks is a few columns' doing, and not an old Fisher matrix's
@@ -124,30 +123,19 @@ def _draw_spread(n_atoms, z, offset, source_variance, library, draw, derivatives
     return spread(own, (SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE))(n_atoms, z, offset, source_variance, library, draw)
 
 
-@partial(jax.jit, static_argnames=("shape",))
-def _paint(windows: Float[Array, "column kind w w"], corners: Array, shape: tuple[int, int]) -> Float[Array, "device kind y x"]:
-    """Sum of all windows of each device, each window at its corner (y, x), on a canvas of that shape."""
-    _, kinds, side, _ = windows.shape
-
-    def add(canvas, item):
-        window, corner = item
-        start = (0, corner[0], corner[1])
-        seen = jax.lax.dynamic_slice(canvas, start, (kinds, side, side))
-        return jax.lax.dynamic_update_slice(canvas, seen + window, start), None
-
-    own = lambda windows, corners: jax.lax.scan(add, jnp.zeros((kinds, *shape), windows.dtype), (windows, corners))[0][None]
-    return spread(own, (SPREAD, SPREAD))(windows, corners)
+@partial(jax.jit, static_argnames=("shape", "derivatives", "widening_too"))
+def _paint_spread(n_atoms, z, offset, corners, source_variance, library, draw, shape: tuple[int, int], derivatives: bool, widening_too: bool) -> Float[Array, "device kind y x"]:
+    """Sum of the windows of each device's columns."""
+    own = lambda *arrays: paint_windows(*arrays, shape, derivatives, widening_too)[None]
+    return spread(own, (SPREAD, SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE))(n_atoms, z, offset, corners, source_variance, library, draw)
 
 
 @partial(jax.jit, static_argnames=("widening_too",))
-def _overlap_spread(layers, corners, n_atoms, z, offset, source_variance, library, draw, widening_too: bool) -> Float[Array, "column kind layer"]:
+def _overlap_spread(layers, n_atoms, z, offset, corners, source_variance, library, draw, widening_too: bool) -> Float[Array, "column kind layer"]:
     """Overlaps of all columns' windows with the layers."""
-
-    def own(layers, corners, n_atoms, z, offset, source_variance, library, draw):
-        return overlap_windows(layers, corners, jnp.maximum(n_atoms, 1), z, offset, source_variance, library, draw, widening_too)
-
+    own = lambda layers, n, *rest: overlap_windows(layers, jnp.maximum(n, 1), *rest, widening_too)
     specs = (WHOLE, SPREAD, SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE)
-    return spread(own, specs)(layers, corners, n_atoms, z, offset, source_variance, library, draw)
+    return spread(own, specs)(layers, n_atoms, z, offset, corners, source_variance, library, draw)
 
 
 class _Placed(NamedTuple):
@@ -200,16 +188,16 @@ def _plain(parameters: dict) -> dict:
     return {k: np.asarray(v, float) for k, v in parameters.items()}
 
 
-def _filled_up(problem: Problem, placed: _Placed) -> Array:
-    """Atom numbers, and zeros for the columns that fill up."""
-    return jnp.asarray(np.pad(np.asarray(problem.n_atoms), (0, len(placed.z) - len(problem.n_atoms))))
+def _columns_of(parameters: dict, problem: Problem, placed: _Placed) -> tuple[Array, ...]:
+    """Atom numbers (zero for columns that fill up), z, offsets and corners, and the source variance."""
+    n = np.pad(np.asarray(problem.n_atoms), (0, len(placed.z) - len(problem.n_atoms)))
+    return (*(jnp.asarray(a) for a in (n, placed.z, placed.offsets, placed.corners)), jnp.asarray(parameters["source_variance"], jnp.float32))
 
 
 def _draw(parameters: dict, problem: Problem, window: Window, placed: _Placed, derivatives: bool) -> Float[Array, "column kind w w"]:
     """Windows of all columns in one image; of those that fill up, zero."""
-    variance = jnp.asarray(parameters["source_variance"], jnp.float32)
-    at = (jnp.asarray(placed.z), jnp.asarray(placed.offsets))
-    return _draw_spread(_filled_up(problem, placed), *at, variance, problem.library, window.draw, derivatives, "source_variance" in problem.free)
+    n, z, offsets, _, variance = _columns_of(parameters, problem, placed)
+    return _draw_spread(n, z, offsets, variance, problem.library, window.draw, derivatives, "source_variance" in problem.free)
 
 
 def rates(parameters: dict, problem: Problem, windows: list[Window] | None = None) -> np.ndarray:
@@ -229,10 +217,9 @@ class _Image(NamedTuple):
 
 def _painted(parameters: dict, problem: Problem, window: Window, placed: _Placed, pad: int, derivatives: bool) -> Float[np.ndarray, "kind y x"]:
     """Sums of all columns' windows."""
-    ny, nx = problem.series.shape
-    drawn = _draw(parameters, problem, window, placed, derivatives)
-    canvas = np.asarray(_paint(drawn, jnp.asarray(placed.corners), (ny + 2 * pad, nx + 2 * pad)))
-    return _fold(canvas.sum(0), pad, problem.series.periodic).astype(float)
+    shape = tuple(n + 2 * pad for n in problem.series.shape)
+    canvas = _paint_spread(*_columns_of(parameters, problem, placed), problem.library, window.draw, shape, derivatives, "source_variance" in problem.free)
+    return _fold(np.asarray(canvas).sum(0), pad, problem.series.periodic).astype(float)
 
 
 def _image(parameters: dict, problem: Problem, i: int, window: Window, pad: int) -> _Image:
@@ -248,10 +235,9 @@ def _image(parameters: dict, problem: Problem, i: int, window: Window, pad: int)
 
 def _over_columns(parameters: dict, problem: Problem, image: _Image, window: Window, layers: np.ndarray, pad: int) -> Float[np.ndarray, "column kind layer"]:
     """Sums over pixels of layers (L, ny, nx) times the derivatives by each column's amplitude, depth, x, y and the source variance."""
-    seen, placed = jnp.asarray(_unfold(layers.astype(np.float32), pad, problem.series.periodic)), image.placed
-    variance = jnp.asarray(parameters["source_variance"], jnp.float32)
-    at = (jnp.asarray(placed.corners), _filled_up(problem, placed), jnp.asarray(placed.z), jnp.asarray(placed.offsets))
-    sums = np.asarray(_overlap_spread(on_all(seen), *at, variance, problem.library, window.draw, "source_variance" in problem.free), float)[: len(problem.n_atoms)]
+    seen = on_all(_unfold(layers.astype(np.float32), pad, problem.series.periodic))
+    columns = _columns_of(parameters, problem, image.placed)
+    sums = np.asarray(_overlap_spread(seen, *columns, problem.library, window.draw, "source_variance" in problem.free), float)[: len(problem.n_atoms)]
     return sums * image.unit * SIGNS[: sums.shape[1], None]
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from .library import ColumnLibrary
 
 TOLERANCE = 5e-5  # largest error of a window's image, of its peak
+BATCH = 64  # columns drawn at a time
 FINEST = 0.02  # Å between positions of a column that functions are tabulated at, and interpolated between by cubic Hermite polynomials
 
 
@@ -88,6 +89,47 @@ def draw_windows(
     Kinds: the image; with derivatives also its derivatives by z = defocus - depth, x, y and, `widening_too`, source variance, by which it diffuses:
     half its Laplacian.
     """
+    one = _drawer(source_variance, library, draw, derivatives, widening_too)
+    return jax.lax.map(one, (n_atoms, z, offset), batch_size=BATCH)
+
+
+@partial(jax.jit, static_argnames=("shape", "derivatives", "widening_too"))
+def paint_windows(
+    n_atoms: Int[Array, " column"],
+    z: Float[Array, " column"],
+    offset: Float[Array, "column 2"],
+    corners: Int[Array, "column 2"],
+    source_variance: Float[Array, ""],
+    library: ColumnLibrary,
+    draw: WindowRenderer,
+    shape: tuple[int, int],
+    derivatives: bool,
+    widening_too: bool = True,
+) -> Float[Array, "kind y x"]:
+    """Sum of all columns' windows, each at its corner (y, x) on a canvas of that shape; no windows of columns of no atoms.
+
+    `BATCH` columns at a time, a multiple of which there must be: they stay in the processor's cache.
+    """
+    one = jax.vmap(_drawer(source_variance, library, draw, derivatives, widening_too))
+    kinds, side = 1 + (3 + widening_too) * derivatives, draw.waves.shape[1]
+
+    def add(canvas, item):
+        window, corner = item
+        start = (0, corner[0], corner[1])
+        seen = jax.lax.dynamic_slice(canvas, start, (kinds, side, side))
+        return jax.lax.dynamic_update_slice(canvas, seen + window, start), None
+
+    def add_batch(canvas, batch):
+        n, z, offset, corners = batch
+        windows = one((jnp.maximum(n, 1), z, offset)) * (n > 0)[:, None, None, None]
+        return jax.lax.scan(add, canvas, (windows, corners))
+
+    batches = jax.tree.map(lambda a: a.reshape(-1, BATCH, *a.shape[1:]), (n_atoms, z, offset, corners))
+    return jax.lax.scan(add_batch, jnp.zeros((kinds, *shape), jnp.float32), batches)[0]
+
+
+def _drawer(source_variance: Float[Array, ""], library: ColumnLibrary, draw: WindowRenderer, derivatives: bool, widening_too: bool):
+    """What draws one column (n, z, offset) in its window."""
     tables = _tables(source_variance, draw, 2 + (1 + widening_too) * derivatives)
 
     def one(at):
@@ -102,16 +144,16 @@ def draw_windows(
             kinds.append((uy[0] @ (core @ vx[2].T) + uy[2] @ across) / 2)
         return jnp.stack(kinds)
 
-    return jax.lax.map(one, (n_atoms, z, offset), batch_size=64)
+    return one
 
 
 @partial(jax.jit, static_argnames=("widening_too",))
 def overlap_windows(
     layers: Float[Array, "layer y x"],
-    corners: Int[Array, "column 2"],
     n_atoms: Int[Array, " column"],
     z: Float[Array, " column"],
     offset: Float[Array, "column 2"],
+    corners: Int[Array, "column 2"],
     source_variance: Float[Array, ""],
     library: ColumnLibrary,
     draw: WindowRenderer,
@@ -138,7 +180,7 @@ def overlap_windows(
             kinds.append((core, (both[:, 0, :, 2] + both[:, 2, :, 0]) / 2))
         return jnp.stack([jnp.einsum("kl,akl->a", c, p) for c, p in kinds])
 
-    return jax.lax.map(one, (n_atoms, z, offset, corners), batch_size=64)
+    return jax.lax.map(one, (n_atoms, z, offset, corners), batch_size=BATCH)
 
 
 def _cores(n: Array, z: Array, library: ColumnLibrary, draw: WindowRenderer) -> tuple[Float[Array, "k l"], Float[Array, "k l"]]:
