@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from .. import processes
 from ..config import NUISANCES, Config
 from ..errors import InputError
 from ..inference import held, likelihood, local
@@ -177,6 +178,7 @@ def reconstruct(
         When the series shows no columns, or columns brighter than the library.
     """
     method = method or config.inference.method
+    quiet = quiet or not processes.is_first()
     stages = Stages(quiet)
     progress = progress_bar(quiet)
     periodic, pixel = config.focal_series.periodic, float(stack.pixel_size_A)
