@@ -58,8 +58,9 @@ def _job(distributed: bool) -> Iterator[bool]:
         return
     from . import processes
 
-    with processes.ending_together(), _input_errors():
+    with _input_errors():
         processes.join()
+    with processes.ending_together(), _input_errors():
         yield processes.is_first()
 
 

@@ -78,6 +78,11 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[jax.process_index() :: jax.process_count()]
 
 
+def stretch(array: np.ndarray) -> np.ndarray:
+    """An n-th of an array in one piece, for n processes."""
+    return np.array_split(array, jax.process_count())[jax.process_index()]
+
+
 def devices_for(n: int) -> int:
     """Devices of each process that n pieces of work can keep busy: all that every process has, where there are enough pieces."""
     of_each = Counter(device.process_index for device in jax.devices())
@@ -112,10 +117,7 @@ def total(tree):
     """Sums over all processes of a pytree of arrays of real numbers, added up in float64."""
     if jax.process_count() == 1:
         return tree
-    leaves, structure = jax.tree.flatten(tree)
-    flat = _sum(np.concatenate([np.ravel(leaf).astype(float) for leaf in leaves]))
-    parts = np.split(flat, np.cumsum([np.size(leaf) for leaf in leaves])[:-1])
-    return structure.unflatten([part.reshape(np.shape(leaf)).astype(np.asarray(leaf).dtype) for part, leaf in zip(parts, leaves, strict=True)])
+    return jax.tree.map(lambda own: _sum(np.asarray(own, float)).astype(np.asarray(own).dtype), tree)
 
 
 def gathered(tree):
