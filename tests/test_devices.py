@@ -20,10 +20,12 @@ import typer
 
 import depthprob
 from depthprob.cli import app
+from depthprob.config import read_config
 from depthprob.inference import local
 from depthprob.inference.likelihood import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries
 from depthprob.physics.library import ColumnLibrary
+from depthprob.reconstruction.libraries import write_library
 
 LOWEST = 65536 - 4096  # of the ports that JAX takes for jobs of Slurm
 
@@ -203,14 +205,16 @@ def test_two_processes_under_the_job_script_find_the_columns_that_one_finds(libr
     series = FocalSeries(defocus, 0.51, np.full(9, 9612.0), shape)
     problem = make_problem(np.zeros((9, *shape)), Field(positions, n, depths, np.full(9, 1e-3), np.ones(9), np.zeros((9, 2))), library, series, dense=False)
     np.savez(tmp_path / "stack.npz", stack=np.random.default_rng(0).poisson(local.rates(problem.start, problem)))
-    (tmp_path / "config.toml").write_text(f"[focal_series]\ndefocus_A = {defocus.tolist()}\npixel_size_A = 0.51\n[inference]\nmethod = 'laplace'\nsamples = 50\n")
+    (tmp_path / "config.toml").write_text(f"[focal_series]\ndefocus_A = {defocus.tolist()}\npixel_size_A = 0.51\n[inference]\nmethod = 'laplace'\nsamples = 50\nmax_atoms = 12\n")
     for name, text in {"srun": SRUN, "depthprob": f'#!/bin/bash\nexec {sys.executable} -m depthprob.cli "$@"\n'}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     job = os.environ | by_slurm(0, 2, free_port(range(LOWEST + os.getpid() % 4000, 65536))) | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     job |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "1"}
-    subprocess.run(["bash", SCRIPT, "stack.npz", "config.toml", "two"], cwd=tmp_path, env=job, check=True)
-    subprocess.run([tmp_path / "depthprob", "reconstruct", "stack.npz", "--config", "config.toml", "-o", "one", "--quiet"], cwd=tmp_path, check=True)
+    write_library(tmp_path / "library.npz", read_config(tmp_path / "config.toml"), lambda items, **_: items)
+    subprocess.run(["bash", SCRIPT, "stack.npz", "config.toml", "two", "--library", "library.npz"], cwd=tmp_path, env=job, check=True)
+    alone = [tmp_path / "depthprob", "reconstruct", "stack.npz", "--config", "config.toml", "-o", "one", "--library", "library.npz", "--quiet"]
+    subprocess.run(alone, cwd=tmp_path, check=True)
     two, one = (np.genfromtxt(tmp_path / name / "columns.csv", delimiter=",", names=True) for name in ("two", "one"))
     assert len(one) > 200 and np.array_equal(two["n_atoms"], one["n_atoms"])
     for name in ("x_A", "y_A", "depth_A", "depth_sd_A", "crlb_A"):

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Reconstruct one focal series on several machines of a Slurm cluster:
 #
-#     sbatch slurm.sh STACK CONFIG.toml DIR
+#     sbatch slurm.sh STACK CONFIG.toml DIR [more options of depthprob reconstruct]
 #
 # One process a machine, since each holds the field; with GPUs one process for each of them, for instance
 # --ntasks-per-node=4 --gpus-per-node=4. All must see the same files and the same version of everything.
@@ -19,4 +19,4 @@ export DEPTHPROB_CACHE="${DEPTHPROB_CACHE:-$SLURM_SUBMIT_DIR/depthprob-cache}"
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY # processes of one cluster meet without them
 
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-    depthprob reconstruct "$1" --config "$2" -o "$3" --quiet --distributed
+    depthprob reconstruct "$1" --config "$2" -o "$3" --quiet --distributed "${@:4}"

@@ -3,7 +3,7 @@
     python tests/benchmarks/devices.py [columns [settings ...]]
 
 A setting is DEVICESxPROCESSES, all on this machine (default 1x1 2x1 1x2). The field (default 400 columns) is a rod as in
-large_fields.py of the packaged library's columns, 21 images. Each part runs twice and the second run counts, so compilation is left out. Prints seconds, processor
+large_fields.py of the packaged library's columns, 11 images. Each part runs twice and the second run counts, so compilation is left out. Prints seconds, processor
 seconds of all processes together and the speed-up over the first setting. Where processor seconds grow with the devices, these compute the same things twice or
 wait for each other; where neither changes, the part is not spread.
 """
@@ -18,6 +18,8 @@ import time
 from importlib import resources
 
 import numpy as np
+
+IMAGES = 11
 
 
 def parts(n_columns: int):
@@ -43,10 +45,9 @@ def parts(n_columns: int):
     def field(n, dense):
         positions, atoms, depths = (a[:n] for a in rod(2 * n, library.n_max))
         shape = tuple(int(np.ceil((positions[:, a].max() + 16) / 0.51)) for a in (1, 0))
-        defocus = np.linspace(-200, 200, 21)
-        series = FocalSeries(defocus, 0.51, np.full(21, 9612.0), shape)
-        truth = Field(positions, atoms, depths, np.full(21, 1e-3), np.ones(21), rng.normal(0, 0.2, (21, 2)))
-        problem = make_problem(np.zeros((21, *shape)), truth, library, series, dense=False)
+        series = FocalSeries(np.linspace(-200, 200, IMAGES), 0.51, np.full(IMAGES, 9612.0), shape)
+        truth = Field(positions, atoms, depths, np.full(IMAGES, 1e-3), np.ones(IMAGES), rng.normal(0, 0.2, (IMAGES, 2)))
+        problem = make_problem(np.zeros((IMAGES, *shape)), truth, library, series, dense=False)
         return make_problem(rng.poisson(local.rates(problem.start, problem)), truth, library, series, dense=dense)
 
     large, small = field(n_columns, False), field(16, True)
