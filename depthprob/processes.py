@@ -109,7 +109,7 @@ def _sum(own: np.ndarray) -> np.ndarray:
     try:
         with jax.enable_x64(True):
             return np.asarray(summed(jax.make_array_from_process_local_data(apart, own[None])).addressable_data(0))
-    except jax.errors.JaxRuntimeError as fault:
+    except (jax.errors.JaxRuntimeError, ValueError) as fault:  # the latter from what is compiled already
         raise RuntimeError("another process of this job has ended, or cannot be reached; look for its own message") from fault
 
 

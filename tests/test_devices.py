@@ -105,11 +105,18 @@ def by_slurm(i, count, port):
     return job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "SLURM_STEP_NUM_NODES": "1"}
 
 
-def started(count, devices, *command, how=by_environment, **options):
-    """So many processes of one job, each with so many devices."""
+@contextlib.contextmanager
+def at_work(count, devices, *command, how=by_environment, **options):
+    """So many processes of one job, each with so many devices; killed at the end if they have not ended."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
     port = free_port(range(LOWEST + os.getpid() % 4000, 65536)) if how is by_slurm else free_port()
-    return [subprocess.Popen([sys.executable, *map(str, command)], env=own | (how(i, count, port) if count > 1 else {}), **options) for i in range(count)]
+    with contextlib.ExitStack() as stack:
+        running = []
+        for i in range(count):
+            process = subprocess.Popen([sys.executable, *map(str, command)], env=own | (how(i, count, port) if count > 1 else {}), **options)
+            running.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +128,8 @@ def run(library, tmp_path_factory):
     @cache
     def run(devices, count, *names, how=by_environment):
         result = folder / f"{devices}_{count}.npz"
-        running = started(count, devices, __file__, folder / "library.npz", result, *names, how=how)
-        assert [process.wait(timeout=300) for process in running] == [0] * count
+        with at_work(count, devices, __file__, folder / "library.npz", result, *names, how=how) as running:
+            assert [process.wait(timeout=300) for process in running] == [0] * count
         found = [dict(np.load(result.with_stem(f"{result.stem}_{i}"))) for i in range(count)]
         assert all((f.pop("devices"), f.pop("processes")) == (devices, count) for f in found)
         return found
@@ -130,7 +137,7 @@ def run(library, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("devices", "count", "how"), [(8, 1, None), (1, 2, by_slurm), pytest.param(3, 2, by_environment, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("devices", "count", "how"), [(4, 2, by_slurm), *(pytest.param(*setting, marks=pytest.mark.slow) for setting in ((8, 1, None), (1, 2, by_environment)))])
 def test_fields_and_chains_over_devices_and_processes_give_the_numbers_of_one(run, devices, count, how):
     (alone,), of_each = run(1, 1, "field", "chains"), run(devices, count, "field", "chains", how=how)
     for found in of_each:
@@ -157,16 +164,17 @@ def test_drawn_configurations_add_up_in_one_order_over_devices_and_processes(run
 def test_when_one_process_is_killed_the_other_ends_with_an_error_and_a_rerun_ends_where_an_undisturbed_run_ends(tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    of = lambda name, result, count: started(count, 1, __file__, tmp_path / name, tmp_path / result, "kept_chains", stderr=subprocess.PIPE, text=True)
-    running = of("killed", "killed.npz", 2)
-    while not (tmp_path / "killed" / "state.npz").exists():
-        assert [process.poll() for process in running] == [None, None]
-        time.sleep(0.01)
-    running[1].kill()
-    assert "another process of this job has ended" in running[0].communicate(timeout=60)[1] and running[0].returncode == 1
+    job = lambda name, result, count: at_work(count, 1, __file__, tmp_path / name, tmp_path / result, "kept_chains", stderr=subprocess.PIPE, text=True)
+    with job("killed", "killed.npz", 2) as running:
+        while not (tmp_path / "killed" / "state.npz").exists():
+            assert [process.poll() for process in running] == [None, None]
+            time.sleep(0.01)
+        running[1].kill()
+        assert "another process of this job has ended" in running[0].communicate(timeout=60)[1] and running[0].returncode == 1
     assert not list(tmp_path.glob("killed*.npz"))
     for name, result, count in (("killed", "again.npz", 2), ("whole", "alone.npz", 1)):
-        assert [process.wait(timeout=300) for process in of(name, result, count)] == [0] * count
+        with job(name, result, count) as running:
+            assert [process.wait(timeout=300) for process in running] == [0] * count
     again, alone = (np.load(tmp_path / f"{name}_0.npz") for name in ("again", "alone"))
     np.testing.assert_array_equal(again["draws"], alone["draws"])
 
