@@ -193,7 +193,7 @@ def reconstruct(
 
     stages("columns")
     average, chosen = central_average(shift_images(fraction, -drift, periodic), defocus)
-    found = find_columns(average, pixel, periodic)
+    found = processes.of_first(find_columns(average, pixel, periodic))
     if len(found) < 1:
         raise InputError("no columns were found on the average of the sharpest images. Check signal, dose and foci of the series.")
     columns = fit_columns(average, found, pixel, periodic)
@@ -230,6 +230,7 @@ def reconstruct(
         gain=np.ones(len(dose)),
         image_shifts=drift * pixel,
     )
+    field = processes.of_first(field)
     if len(found) > LARGE:
         need = forecast(pose(stack.data, field, library, series, mask, config), config.inference.samples * config.inference.chains)
         what = f"{len(found)} columns in {len(defocus)} images of {series.shape[0]} x {series.shape[1]} pixels"
