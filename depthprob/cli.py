@@ -27,6 +27,13 @@ ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG.toml", help="Settings of the experiment.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no closing line.")]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="Share the work with the other processes of this job, each started by the same command: by srun, by mpirun, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set.",
+    ),
+]
 
 
 @contextlib.contextmanager
@@ -40,6 +47,21 @@ def _input_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("depthprob: interrupted; nothing was written, and what can go on from where it stopped does so when run again", err=True)
         raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def _job(distributed: bool) -> Iterator[bool]:
+    """`_input_errors`, of one of several processes if asked; whether this is the one that writes."""
+    if not distributed:
+        with _input_errors():
+            yield True
+        return
+    from . import processes
+
+    with _input_errors():
+        processes.join()
+    with processes.ending_together(), _input_errors():
+        yield processes.is_first()
 
 
 def _use_double_precision() -> None:
@@ -133,9 +155,11 @@ def library(
         Path, typer.Option("-o", "--output", metavar="LIBRARY", help="Name of the library, .npz")
     ],
     quiet: Quiet = False,
+    distributed: Distributed = False,
 ) -> None:
     """Build a library of column images; an interrupted run goes on where it stopped."""
-    with _input_errors():
+    with _job(distributed) as first:
+        quiet = quiet or not first
         settings = _settings(config)
         if output.suffix.lower() != ".npz":
             raise InputError(f"cannot write a library {str(output)!r}: the allowed ending is .npz.")
@@ -210,9 +234,11 @@ def reconstruct(
     method: Annotated[str | None, typer.Option("--method", help=" | ".join(METHODS))] = None,
     memory_limit: Annotated[float | None, typer.Option("--memory-limit", metavar="GB")] = None,
     quiet: Quiet = False,
+    distributed: Distributed = False,
 ) -> None:
     """Take a focal series to column depths, atom numbers and atoms; interrupted sampling goes on where it stopped."""
-    with _input_errors():
+    with _job(distributed) as first:
+        quiet = quiet or not first
         settings = _settings(config)
         if method is not None and method not in METHODS:
             raise InputError(f"--method is {method!r}; allowed is one of {', '.join(METHODS)}.")
@@ -229,7 +255,7 @@ def reconstruct(
             )
         io.read_stack(stack, settings)  # faults of the file show before JAX starts
         checkpoint = output.with_name(f".{output.name}.partial.npz")
-        with atomic_folder(output) as folder:
+        with atomic_folder(output) if first else contextlib.nullcontext(output) as folder:
             _use_double_precision()
             from . import jobs
 
@@ -242,7 +268,8 @@ def reconstruct(
                 quiet=quiet,
                 checkpoint=checkpoint,
             )
-        checkpoint.unlink(missing_ok=True)
+        if first:
+            checkpoint.unlink(missing_ok=True)
     _say(f"open {output / 'report.html'}", quiet)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from . import processes
 from .config import Config, read_config
 from .inference.posterior import write_netcdf
 from .io import read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
@@ -62,7 +63,7 @@ def write(result: Reconstruction, folder: Path) -> None:
 
 
 def run(stack_path, config: Config, folder, library_path=None, method=None, quiet=False, checkpoint=None) -> None:
-    """Read a stack, reconstruct it and write everything into a folder. An interrupted NUTS run goes on from its `checkpoint`.
+    """Read a stack, reconstruct it and write everything into a folder, which of several processes the first does. An interrupted NUTS run goes on from its `checkpoint`.
 
     Raises
     ------
@@ -72,7 +73,9 @@ def run(stack_path, config: Config, folder, library_path=None, method=None, quie
     stack = read_stack(stack_path, config)
     refuse_beyond_limit(config, 240e-9 * stack.data.size + 1.0, f"series of {stack.data.shape}")
     library = read_library(library_path, config) if library_path is not None else None
-    write(reconstruct(stack, config, library, method, quiet, checkpoint=checkpoint), Path(folder))
+    result = reconstruct(stack, config, library, method, quiet, checkpoint=checkpoint)
+    if processes.is_first():
+        write(result, Path(folder))
 
 
 def demo(folder, quiet: bool = False) -> None:

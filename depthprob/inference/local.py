@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .. import processes
 from ..devices import SPREAD, WHOLE, filled, on_all, spread
 from ..physics.focal_series import FocalSeries, background_images, smooth_functions
 from ..physics.library import ColumnLibrary
@@ -257,6 +258,11 @@ def _precision(rate: np.ndarray, problem: Problem, i: int) -> np.ndarray:
     return np.asarray(problem.mask[i]) / (np.maximum(rate, DARKEST) + float(problem.read_variance)) / float(problem.dispersion)
 
 
+def _own_images(windows: list[Window], wanted: np.ndarray | range) -> list[tuple[Window, int]]:
+    """Those that fall to this process, with their windows."""
+    return processes.share([(w, i) for w in windows for i in w.images.tolist() if i in wanted])
+
+
 def _widest(windows: list[Window]) -> int:
     """Padding that takes in every window of a column at the field's edge."""
     return 2 * max(w.half for w in windows) + 2
@@ -294,7 +300,7 @@ def evaluate(
     total = 0.0
     wanted = np.arange(n_foci) if images is None else np.asarray(images)
     pad, shapes = _widest(windows), _smooth_shapes(parameters, problem)
-    for window, i in progress([(w, int(i)) for w in windows for i in w.images if i in wanted], desc="images", unit="image"):
+    for window, i in progress(_own_images(windows, wanted), desc="images", unit="image"):
         image = _image(parameters, problem, i, window, pad)
         rate[i] = image.rate
         counts, used = np.asarray(problem.counts[i], float), np.asarray(problem.mask[i])
@@ -312,7 +318,8 @@ def evaluate(
             along[name][i] = row
         for name, row in zip(GLOBAL, (-by_depth, -by_depth * _lever(problem, i), *by_variance), strict=False):
             along[name] += row
-    return Sums(total, rate, {name: a[:, 0] for name, a in along.items()}, {name: a[:, 1:] for name, a in along.items()})
+    total, rate, along = processes.total((total, rate, along))
+    return Sums(float(total), rate, {name: a[:, 0] for name, a in along.items()}, {name: a[:, 1:] for name, a in along.items()})
 
 
 def information_along(parameters: dict, problem: Problem, directions: np.ndarray) -> np.ndarray:
@@ -368,7 +375,7 @@ def column_information(
     pad = _widest(windows)
     jobs = []
     for window in windows:
-        tiles = _tiles(parameters, problem, window.images, window, pad)
+        tiles = [processes.stretch(a) for a in _tiles(parameters, problem, window.images, window, pad)]
         per_tile = 4.0 * (n_kinds * tiles[1].shape[1]) ** 2
         bands = int(np.ceil(len(tiles[0]) * per_tile / BAND))
         jobs += [(window, part) for part in _split(tiles, bands)]
@@ -394,6 +401,7 @@ def column_information(
             total = _add_tile_products(total, drawn, jnp.asarray(ids), jnp.asarray(offsets), jnp.asarray(cut, jnp.float32))
         flip = np.tile(SIGNS[kinds], members.shape[1])
         _scatter(np.asarray(total), np.outer(flip, flip), members, strip, rows_of, diagonal, lower, n_kinds)
+    diagonal, lower = processes.total((diagonal, lower))
     order = np.concatenate([(np.arange(n_kinds) * n_columns + np.asarray(p)[:, None]).ravel() for p in parts])
     k = len(per_image(problem)) * n_foci + len(GLOBAL) if kinds == MOVES else 0
     return ArrowMatrix(order, diagonal, lower, np.zeros((len(order), k)), np.zeros((k, k)))
@@ -447,7 +455,7 @@ def _tiles(parameters: dict, problem: Problem, images: np.ndarray, window: Windo
 
 def _split(tiles, bands: int):
     """Tiles in bands that can be spread over devices, each with as many places for members as its own fullest tile needs."""
-    for part in np.array_split(np.arange(len(tiles[0])), max(1, bands)):
+    for part in np.array_split(np.arange(len(tiles[0])), bands) if bands else ():
         members = tiles[1][part]
         most = int((members >= 0).sum(1).max())
         members = np.pad(members, [(0, 0), (0, MEMBERS)], constant_values=-1)[:, : -(-most // MEMBERS) * MEMBERS]
@@ -494,16 +502,16 @@ def information(parameters: dict, problem: Problem, rate: np.ndarray, progress: 
     n_columns, n_foci, names, pad = len(problem.n_atoms), len(problem.series.defocus), per_image(problem), _widest(windows)
     border, corner = np.zeros((3, n_columns, columns.corner.shape[0])), np.zeros_like(columns.corner)
     shapes = _smooth_shapes(parameters, problem)
-    for window in windows:
-        for i in window.images.tolist():
-            image = _image(parameters, problem, i, window, pad)
-            by_z, by_x, by_y, *by_variance = image.unit * _painted(parameters, problem, window, image.placed, pad, True)[1:]
-            by_variance = by_variance or [np.zeros_like(by_z)]
-            own = np.stack([image.signal, image.dark, by_x, by_y, *(image.dark * shapes), by_z, by_z * _lever(problem, i), *by_variance])
-            weighted = own * _precision(rate[i].astype(float), problem, i)
-            at = [j * n_foci + i for j in range(len(names))] + [len(names) * n_foci + j for j in range(len(GLOBAL))]
-            corner[np.ix_(at, at)] += np.tensordot(weighted, own, ([1, 2], [1, 2]))
-            border[:, :, at] += _over_columns(parameters, problem, image, window, weighted, pad)[:, MOVES].swapaxes(0, 1)
+    for window, i in _own_images(windows, range(n_foci)):
+        image = _image(parameters, problem, i, window, pad)
+        by_z, by_x, by_y, *by_variance = image.unit * _painted(parameters, problem, window, image.placed, pad, True)[1:]
+        by_variance = by_variance or [np.zeros_like(by_z)]
+        own = np.stack([image.signal, image.dark, by_x, by_y, *(image.dark * shapes), by_z, by_z * _lever(problem, i), *by_variance])
+        weighted = own * _precision(rate[i].astype(float), problem, i)
+        at = [j * n_foci + i for j in range(len(names))] + [len(names) * n_foci + j for j in range(len(GLOBAL))]
+        corner[np.ix_(at, at)] += np.tensordot(weighted, own, ([1, 2], [1, 2]))
+        border[:, :, at] += _over_columns(parameters, problem, image, window, weighted, pad)[:, MOVES].swapaxes(0, 1)
+    border, corner = processes.total((border, corner))
     return columns._replace(border=border.reshape(3 * n_columns, -1)[columns.order], corner=corner)
 
 
@@ -581,7 +589,8 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
     def look(parameters: dict) -> _At:
         sums = evaluate(parameters, problem, windows)
         slope = np.concatenate([np.ravel(sums.score[n]) for n in problem.free]) + np.asarray(prior_slope(to_vector(parameters, problem), problem))
-        return _At(parameters, sums.log_likelihood + float(log_prior(parameters, problem)), slope, sums.rate)
+        value, slope = processes.of_first((sums.log_likelihood + float(log_prior(parameters, problem)), slope))
+        return _At(parameters, float(value), slope, sums.rate)
 
     move = lambda at, step: look(_plain(from_vector(to_vector(at.parameters, problem) + step, problem)))
     factor, damping, limit = before.curvature if before else None, 1e-6, most
@@ -590,11 +599,11 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
         if factor is None:
             matrix = select(information(here.parameters, problem, here.rate), problem)
             factor = ArrowFactor(plus_diagonal(matrix, prior + damping * _diagonal(matrix), gauge(problem)))
-        newton = factor.solve(here.slope)
+        newton = processes.of_first(factor.solve(here.slope))
         step = np.clip(newton, -limit, limit)
         moved = move(here, step)
         # for a quadratic the slope predicts twice the gain, which is half the squared distance to the maximum in standard deviations
-        expected, gained, away = float(step @ here.slope) / 2, moved.value - here.value, float(newton @ here.slope)
+        expected, gained, away = processes.of_first((float(step @ here.slope) / 2, moved.value - here.value, float(newton @ here.slope)))
         limit = np.minimum(2 * limit, most)
         if gained < 0.5 * expected:
             # what each column's gain, by the trapezoidal rule, lacks of what was expected
@@ -653,12 +662,12 @@ def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | N
     windows = plan_windows(problem.library, problem.series, parameters["depth"])
     pad = _widest(windows)
     score, rate = np.zeros(len(problem.n_atoms)), np.zeros(problem.counts.shape, np.float32)
-    for window in windows:
-        for i in window.images.tolist():
-            image = _image(parameters, problem, i, window, pad)
-            rate[i] = image.rate
-            residual = (np.asarray(problem.counts[i], float) - image.rate) * _precision(image.rate, problem, i)
-            score += _over_columns(parameters, problem, image, window, residual[None], pad)[:, 0, 0]
+    for window, i in _own_images(windows, range(len(rate))):
+        image = _image(parameters, problem, i, window, pad)
+        rate[i] = image.rate
+        residual = (np.asarray(problem.counts[i], float) - image.rate) * _precision(image.rate, problem, i)
+        score += _over_columns(parameters, problem, image, window, residual[None], pad)[:, 0, 0]
+    score, rate = processes.total((score, rate))
     if before is not None:
         return Amplitudes(1 + before.curvature.solve(score), before.sd, before.curvature)
     narrow = plan_windows(problem.library, problem.series, parameters["depth"], DIM)

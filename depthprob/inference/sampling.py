@@ -16,6 +16,8 @@ import numpyro
 from jaxtyping import Array, Float
 from numpyro.infer.hmc import hmc
 
+from .. import processes
+from ..devices import SPREAD, WHOLE, on_all, spread
 from ..storage import load_checkpoint, save_checkpoint
 from .likelihood import Problem, from_vector, log_posterior
 
@@ -40,8 +42,8 @@ def log_density(z: Float[Array, " p"], target: Whitened) -> Float[Array, ""]:
 
 
 @lru_cache
-def _kernel(warmup: int):
-    """NumPyro's NUTS: start(key, z, target) and block(state, target), which makes `BLOCK` draws, both compiled.
+def _kernel(warmup: int, devices: int):
+    """NumPyro's NUTS: start(key, z, target) of one chain and block(states, target), which makes `BLOCK` draws of a chain on each device, both compiled.
 
     The mass matrix is the identity by construction; only the step is adapted, which takes few draws.
     """
@@ -53,15 +55,27 @@ def _kernel(warmup: int):
             z, warmup, step_size=0.4, adapt_mass_matrix=False, target_accept_prob=0.7, max_tree_depth=4, model_args=(target,), rng_key=key
         )  # fmt: skip
 
-    @jax.jit
-    def block(state, target):
+    def own(states, target):
         def one(state, _):
             state = step(state, (target,), {})
-            return state, (state.z, *(getattr(state, name) for name in FIELDS))
+            return state, _recorded(state)
 
-        return jax.lax.scan(one, state, length=BLOCK)
+        alone = jax.tree.map(lambda a: a[0], states)
+        return jax.tree.map(lambda a: a[None], jax.lax.scan(one, alone, length=BLOCK))
 
-    return start, block
+    return start, jax.jit(spread(own, (SPREAD, WHOLE), devices))
+
+
+def _recorded(state) -> tuple:
+    return state.z, *(getattr(state, name) for name in FIELDS)
+
+
+class Chains(NamedTuple):
+    """How far chains are: blocks made (chain,), NumPyro's states (chain, ...), and z and `FIELDS` of all draws (chain, draw, ...), those to come zero."""
+
+    done: np.ndarray
+    states: tuple
+    draws: tuple[np.ndarray, ...]
 
 
 def nuts(
@@ -73,28 +87,42 @@ def nuts(
     checkpoint: Path | None = None,
     progress: Callable = lambda items, **_: items,
 ) -> tuple[np.ndarray, dict, dict]:
-    """Draws (chain, draw, P), sample statistics (chain, draw) and diagnostics of NumPyro's No-U-Turn sampler, chains one after another.
+    """Draws (chain, draw, P), sample statistics (chain, draw) and diagnostics of NumPyro's No-U-Turn sampler, at a time as many chains as all processes have devices.
 
     Parameters
     ----------
     checkpoint : path, optional
-        The sampler's state and the draws so far are kept there after every `BLOCK` draws. A run of the same posterior, key and settings goes on from
-        them and ends, bit by bit, where an undisturbed one ends; a file of anything else, or a damaged one, is written over.
+        The samplers' states and the draws so far are kept there after every `BLOCK` draws. A run of the same posterior, key and settings goes on from
+        them, on any number of devices, and ends, bit by bit, where an undisturbed one ends; a file of anything else, or a damaged one, is written over.
     """
-    start, block = _kernel(warmup)
+    devices = processes.devices_for(chains)
+    width = devices * jax.process_count()
+    start, block = _kernel(warmup, devices)
     blocks = -(-(warmup + samples) // BLOCK)
     keys = jax.random.split(key, 2 * chains).reshape(2, chains, *key.shape)
     begun = [start(jax.random.key_data(keys[0, c]), jax.random.normal(keys[1, c], target.centre.shape), target) for c in range(chains)]
-    digest = _digest((target, begun), f"{numpyro.__version__} {jax.__version__} {warmup} {BLOCK}")
-    records, state = _read_checkpoint(checkpoint, digest, begun[0]) if checkpoint else ([], None)
-    resumed = len(records)
-    for k in progress(range(resumed, chains * blocks), desc="NUTS", unit="block", initial=resumed, total=chains * blocks):
-        state, record = block(begun[k // blocks] if k % blocks == 0 else state, target)
-        records.append([np.asarray(r) for r in record])
-        if checkpoint:
-            _write_checkpoint(checkpoint, digest, records, state)
-    gathered = [np.concatenate(parts).reshape(chains, blocks * BLOCK, *parts[0].shape[1:])[:, warmup : warmup + samples] for parts in zip(*records, strict=True)]
-    z, statistics = gathered[0].astype(float), dict(zip(FIELDS.values(), gathered[1:], strict=True))
+    digest = _digest((target, begun), f"{numpyro.__version__} {jax.__version__} {warmup} {BLOCK} chain by chain")
+    states = jax.tree.map(lambda *leaves: np.stack(leaves), *begun)
+    made = Chains(np.zeros(chains, int), states, tuple(np.zeros((chains, blocks * BLOCK, *leaf.shape[1:]), leaf.dtype) for leaf in _recorded(states)))
+    if checkpoint and processes.is_first():
+        _read_checkpoint(checkpoint, digest, made)
+    made = processes.of_first(made)
+    resumed = int(made.done.sum())
+    target = on_all(target, devices)
+    turns = _turns(blocks - made.done, width)
+    for now in progress(turns, desc="NUTS", unit="block", initial=resumed // width, total=resumed // width + len(turns)):
+        own = partial(np.take, indices=processes.own_part(now, devices), axis=0)
+        states, record = processes.gathered(block(jax.tree.map(own, made.states), target))
+        for row, c in enumerate(now):
+            for kept, new in zip(jax.tree.leaves(made.states), jax.tree.leaves(states), strict=True):
+                kept[c] = new[row]
+            for kept, new in zip(made.draws, record, strict=True):
+                kept[c, made.done[c] * BLOCK :][:BLOCK] = new[row]
+            made.done[c] += 1
+        if checkpoint and processes.is_first():
+            _write_checkpoint(checkpoint, digest, made)
+    z, *others = (draws[:, warmup : warmup + samples] for draws in made.draws)
+    z, statistics = z.astype(float), dict(zip(FIELDS.values(), others, strict=True))
     r_hat = numpyro.diagnostics.split_gelman_rubin(z) if samples >= 4 else np.full(z.shape[-1], np.nan)
     ess = numpyro.diagnostics.effective_sample_size(z)
     return z, statistics, {
@@ -110,6 +138,15 @@ def nuts(
     }  # fmt: skip
 
 
+def _turns(left: np.ndarray, width: int) -> list[list[int]]:
+    """Which chains make a block, turn by turn, for chains that lack so many blocks and at most `width` at a time: the first ones first."""
+    left, turns = left.copy(), []
+    while left.any():
+        turns.append(np.flatnonzero(left)[:width].tolist())
+        left[turns[-1]] -= 1
+    return turns
+
+
 def _digest(tree, words: str) -> str:
     """Of every number in a pytree, and of words."""
     digest = hashlib.sha256(words.encode())
@@ -118,22 +155,22 @@ def _digest(tree, words: str) -> str:
     return digest.hexdigest()
 
 
-def _write_checkpoint(path: Path, digest: str, records: list, state) -> None:
-    draws = {f"record_{i}": np.concatenate(parts) for i, parts in enumerate(zip(*records, strict=True))}
-    leaves = {f"state_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-    save_checkpoint(path, digest=digest, **draws, **leaves)
+def _write_checkpoint(path: Path, digest: str, made: Chains) -> None:
+    until = made.done.max() * BLOCK
+    draws = {f"draws_{i}": draws[:, :until] for i, draws in enumerate(made.draws)}
+    save_checkpoint(path, digest=digest, done=made.done, **draws, **{f"state_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(made.states))})
 
 
-def _read_checkpoint(path: Path, digest: str, like) -> tuple[list, object]:
-    """Records block by block and the state after the last; none where there is no file of this run."""
+def _read_checkpoint(path: Path, digest: str, made: Chains) -> None:
+    """Put what a file of this run holds in the place of what is there."""
     saved = load_checkpoint(path)
     if str(saved.get("digest")) != digest:
-        return [], None
-    leaves, structure = jax.tree.flatten(like)
-    records = [saved[f"record_{i}"] for i in range(1 + len(FIELDS))]
-    count = len(records[0]) // BLOCK
-    state = structure.unflatten([jnp.asarray(saved[f"state_{i}"]) for i in range(len(leaves))])
-    return [list(parts) for parts in zip(*(np.split(r, count) for r in records), strict=True)], state
+        return
+    made.done[:] = saved["done"]
+    for i, draws in enumerate(made.draws):
+        draws[:, : saved[f"draws_{i}"].shape[1]] = saved[f"draws_{i}"]
+    for i, leaf in enumerate(jax.tree.leaves(made.states)):
+        leaf[...] = saved[f"state_{i}"]
 
 
 # The best normal -------------------------------------------------------------------------------------------------------------

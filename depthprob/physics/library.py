@@ -19,6 +19,8 @@ from jaxtyping import Array, Complex, Float, Int
 from scipy.special import j0, jv
 from scipy.stats import norm, qmc
 
+from .. import processes
+from ..devices import SPREAD, WHOLE, on_all, spread
 from ..errors import InputError
 from ..storage import load_arrays, load_checkpoint, save_arrays, save_checkpoint
 from .detector import AnnularDetector
@@ -555,33 +557,36 @@ def build_gram(
         _check_size(column, len(modes.l), scramblings)
     sampling = sampling or default_sampling(energy, detector.outermost, convergence_angle)
     cell = cell or default_cell(column, energy, aperture, reach)
-    prepare = lambda sampling, cell: _traced(prepare_sweep(column, energy, aperture, detector, reach, parametrization, sampling, cell))
+    # scramblings take turns, so that what is done when interrupted is balanced
+    order = [(s, c) for c in range(configurations) for s in range(scramblings)]
+    devices = processes.devices_for(len(order))
+    width = devices * jax.process_count()
+    prepare = lambda sampling, cell: on_all(_traced(prepare_sweep(column, energy, aperture, detector, reach, parametrization, sampling, cell)), devices)
     accurate = prepare(sampling, cell)
     cheap = prepare(max(sampling, required_sampling(energy, CHEAP_ANGLE * detector.outermost)), CHEAP_CELL * cell)
-    one = jax.jit(sweep_whole if is_whole else lambda u, sweep: sweep_column(u, sweep, modes))
+    one = sweep_whole if is_whole else partial(sweep_column, modes=modes)
+    each = jax.jit(spread(lambda u, sweep: one(u[0], sweep)[None], (SPREAD, WHOLE), devices))
     size = (len(modes.l),) * 2 if is_whole else (modes.order + 1, *(modes.block_size,) * 2)
     sums = np.zeros((scramblings, column.n_atoms, *size), np.complex128)
     settings = repr((column, energy, convergence_angle, detector.record, configurations, corrections, seed, parametrization, sampling, reach, cell))
     done = 0
-    saved = load_checkpoint(checkpoint)
+    saved = load_checkpoint(checkpoint) if processes.is_first() else {}
     if str(saved.get("settings")) == settings:
-        sums, done = saved["sums"], int(saved["done"])
+        sums, done = saved["sums"], saved["done"]
+    sums, done = processes.of_first((sums, done))
     draws = [thermal_draws(column.n_atoms, column.debye_waller_b, configurations, seed * 1000 + i) for i in range(scramblings)]
-    # scramblings take turns, so that what is done when interrupted is balanced
-    order = [(s, c) for c in range(configurations) for s in range(scramblings)]
-    for i, (s, c) in enumerate(progress(order, desc="column library", unit="configuration")):
-        if i < done:
-            continue
-        u = jnp.asarray(draws[s][c] + column.leaning, jnp.float32)
-        if corrections < configurations:
-            blocks = np.asarray(one(u, cheap))
+    for i in progress(range(int(done), len(order), width), desc="column library", unit="configuration", unit_scale=width):
+        now = order[i : i + width]
+        u = np.array([draws[s][c] + column.leaning for s, c in processes.own_part(now, devices)], np.float32)
+        by_cheap = processes.gathered(each(u, cheap)) if corrections < configurations else np.zeros(width)
+        by_accurate = processes.gathered(each(u, accurate)) if now[0][1] < corrections else by_cheap
+        for (s, c), blocks, better in zip(now, by_cheap, by_accurate, strict=False):
             sums[s] += blocks / configurations
-        else:
-            blocks = 0
-        if c < corrections:
-            sums[s] += (np.asarray(one(u, accurate)) - blocks) / corrections
-        if checkpoint and (i % 8 == 7 or i + 1 == len(order)):
-            save_checkpoint(checkpoint, sums=sums, done=i + 1, settings=settings)
+            if c < corrections:
+                sums[s] += (better - blocks) / corrections
+        end = i + len(now)
+        if checkpoint and processes.is_first() and (end // 8 > i // 8 or end == len(order)):
+            save_checkpoint(checkpoint, sums=sums, done=end, settings=settings)
     if is_whole and detector.is_round:
         sums = mirrored(sums, modes, column.tilt)
     return ColumnGram.of(sums, column, energy, aperture, detector, reach, configurations, parametrization)
@@ -612,8 +617,19 @@ def load_gram(path: str | Path) -> ColumnGram:
     return _load(path, ColumnGram)
 
 
+def arrays_of(module: ColumnGram | ColumnLibrary) -> dict[str, np.ndarray]:
+    """Every field by name, as an array."""
+    return {f.name: np.asarray(getattr(module, f.name)) for f in dataclasses.fields(module)}
+
+
+def module_of(cls, arrays: dict[str, np.ndarray]):
+    """What `arrays_of` gave, or the part of it that has no default."""
+    static = lambda v: tuple(v.tolist()) if v.ndim else v.item()
+    return cls(**{f.name: static(arrays[f.name]) if f.metadata.get("static") else arrays[f.name] for f in dataclasses.fields(cls) if f.name in arrays})
+
+
 def _save(path, module, **beside) -> None:
-    save_arrays(path, **{f.name: np.asarray(getattr(module, f.name)) for f in dataclasses.fields(module)}, **beside)
+    save_arrays(path, **arrays_of(module), **beside)
 
 
 def _load(path, cls):
@@ -621,5 +637,4 @@ def _load(path, cls):
     missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in saved]
     if missing:
         raise InputError(f"{str(path)!r} holds {sorted(saved)}, but no {', '.join(missing)}: it is no {cls.__name__}, or one of another version. Build it again.")
-    static = lambda v: tuple(v.tolist()) if v.ndim else v.item()
-    return cls(**{f.name: static(saved[f.name]) if f.metadata.get("static") else saved[f.name] for f in dataclasses.fields(cls) if f.name in saved})
+    return module_of(cls, saved)

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.ndimage import correlate, maximum_filter
 from scipy.spatial import cKDTree
 
+from .. import processes
 from ..config import Config
 from ..inference import likelihood, local
 from ..inference.counts import marginal_draws, mean_square_shift
@@ -88,7 +89,7 @@ def forecast(problem: Problem, draws: int) -> Forecast:
     local.evaluate(problem.start, problem, images=image)  # compiles
     start = time.perf_counter()
     local.evaluate(problem.start, problem, images=image)
-    return Forecast(FIXED_SECONDS + LOOKS * len(problem.series.defocus) * (time.perf_counter() - start), local.memory(problem, draws) / 1e9)
+    return Forecast(FIXED_SECONDS + LOOKS * len(processes.share(problem.series.defocus)) * (time.perf_counter() - start), local.memory(problem, draws) / 1e9)
 
 
 def pose(
@@ -120,11 +121,12 @@ def fit_jointly(
         # a gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts
         cross = library.cross_section[n - 1] * np.exp(np.asarray(mode.parameters["log_gain"]).mean())
         counts = count_by_library(amplitudes.value * cross, np.hypot(amplitudes.sd * noisier, LIBRARY_ERROR) * cross, library.cross_section, scale_sd=SCALE_SD)
+        counts = processes.of_first(counts)
         settled = np.array_equal(counts.n, n)
         field = field_of(mode.parameters, jnp.asarray(counts.n))
         if not settled:
             continue
-        hidden = [] if last else hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem))
+        hidden = [] if last else processes.of_first(hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem)))
         if not len(hidden):
             break
         field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False

@@ -6,11 +6,13 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from .. import processes
 from ..config import Config
 from ..errors import InputError
 from ..io import read_atoms
@@ -18,7 +20,7 @@ from ..physics import asymmetry
 from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
 from ..physics.gram import ColumnGram, has_full_symmetry
-from ..physics.library import ColumnLibrary, build_gram, is_round, library_from_gram, load_gram, save_gram
+from ..physics.library import ColumnLibrary, arrays_of, build_gram, is_round, library_from_gram, load_gram, module_of, save_gram
 from ..physics.optics import Microscope, edge_phase
 from ..physics.rings import quick_gram
 from ..physics.specimen import Column
@@ -94,7 +96,7 @@ def gram_of(
     """
     energy, angle = float(microscope.energy), float(microscope.convergence_angle)
     if model == "absorptive":
-        return absorptive_gram(column, energy, angle, detector, parametrization, progress)
+        return _by_first(ColumnGram, lambda: absorptive_gram(column, energy, angle, detector, parametrization, progress))
     wanted = {
         "element": column.element,
         "spacing": round(float(column.spacing), 6),
@@ -105,13 +107,6 @@ def gram_of(
         **detector.record,
     }
     is_round = has_full_symmetry(column, detector)
-    if is_round:
-        for packaged in resources.files("depthprob.data").iterdir():
-            if packaged.name.startswith("gram_"):
-                with resources.as_file(packaged) as path:
-                    gram = load_gram(path)
-                if _serves(gram, wanted, angle, column.n_atoms):
-                    return gram.first(column.n_atoms)
     # one pass gives all atom numbers, so a few lengths serve everyone
     longest = next((n for n in LENGTHS if n >= column.n_atoms), column.n_atoms) if is_round else column.n_atoms
     per_scrambling = max(1, configurations // scramblings)
@@ -119,18 +114,44 @@ def gram_of(
     if not is_round:
         settings |= {"scramblings": scramblings, "configurations": per_scrambling, "seed": seed, "sampling": sampling}
     path = cache_folder() / f"gram_{_checksum(json.dumps(settings, sort_keys=True).encode())}.npz"
-    gram = _cached(path, load_gram)
-    if gram is not None and _serves(gram, wanted, angle, column.n_atoms):
-        return gram.first(column.n_atoms)
-    if is_round:
+
+    def kept() -> ColumnGram | None:
+        if is_round:
+            for packaged in resources.files("depthprob.data").iterdir():
+                if packaged.name.startswith("gram_"):
+                    with resources.as_file(packaged) as there:
+                        gram = load_gram(there)
+                    if _serves(gram, wanted, angle, column.n_atoms):
+                        return gram.first(column.n_atoms)
+        gram = _cached(path, load_gram)
+        return gram.first(column.n_atoms) if gram is not None and _serves(gram, wanted, angle, column.n_atoms) else None
+
+    def averaged() -> ColumnGram:
         gram = thermal_gram(dataclasses.replace(column, n_atoms=longest), energy, angle, detector, parametrization, progress)
         save_gram(path, gram)
         return gram.first(column.n_atoms)
+
+    gram = _by_first(ColumnGram, kept)
+    if gram is not None:
+        return gram
+    if is_round:
+        return _by_first(ColumnGram, averaged)
     checkpoint = path.with_suffix(".partial.npz")
     gram = build_gram(column, energy, angle, detector, per_scrambling, scramblings, seed, parametrization, checkpoint, progress, sampling)
-    save_gram(path, gram)
-    checkpoint.unlink(missing_ok=True)
+    if processes.is_first():
+        save_gram(path, gram)
+        checkpoint.unlink(missing_ok=True)
     return gram
+
+
+def _by_first(cls, make: Callable):
+    """What the first process makes or finds, a `ColumnGram` or `ColumnLibrary`, in all processes; None where it finds none."""
+    made = make() if processes.is_first() else None
+    if not processes.of_first(np.array(made is not None)):
+        return None
+    nothing = dict.fromkeys((f.name for f in dataclasses.fields(cls)), np.zeros(0))
+    arrays = processes.of_first(nothing if made is None else arrays_of(made))
+    return module_of(cls, arrays) if made is None else made
 
 
 def _serves(gram: ColumnGram, wanted: dict, angle: float, n_max: int) -> bool:
@@ -161,6 +182,10 @@ def library_name(microscope: Microscope, z_range: tuple[float, float], gram: Col
 
 
 def _library_of(gram: ColumnGram, microscope: Microscope, z_range: tuple[float, float]) -> ColumnLibrary:
+    return _by_first(ColumnLibrary, lambda: _kept_library(gram, microscope, z_range))
+
+
+def _kept_library(gram: ColumnGram, microscope: Microscope, z_range: tuple[float, float]) -> ColumnLibrary:
     name = library_name(microscope, z_range, gram)
     packaged = resources.files("depthprob.data") / name
     if packaged.is_file():
@@ -272,7 +297,8 @@ def settings_of_library(config: Config) -> dict:
 def write_library(path, config: Config, progress: Callable) -> None:
     """Build the library of the config's columns up to inference.max_atoms (else specimen.n_atoms) and write it, with the settings it is for."""
     library = library_for(config, config.inference.max_atoms or config.specimen.n_atoms, progress)
-    library.save(path, settings=json.dumps(settings_of_library(config)))
+    if processes.is_first():
+        library.save(path, settings=json.dumps(settings_of_library(config)))
 
 
 def read_library(path, config: Config) -> ColumnLibrary:
@@ -329,11 +355,11 @@ def atoms_needed(config: Config, volumes: np.ndarray, progress: Callable) -> int
     """Largest atom number a library must hold for these cross-sections [Å^2], from growing columns; one thermal configuration where there is no closed form."""
     if config.inference.max_atoms:
         return config.inference.max_atoms
-    largest = 1.15 * np.max(volumes)
+    largest = float(processes.of_first(1.15 * np.max(volumes)))
     for n_max in (12, 24, 48):
         round_or_short = n_max == 12 or has_full_symmetry(column_of(config, n_max), detector_of(config))
         try_first = gram_for(config, n_max, progress) if round_or_short else gram_for(config, n_max, progress, scramblings=1, configurations=1)
-        library = library_from_gram(try_first, microscope_of(config), (-20.0, 20.0), z_step=20.0)
+        library = _by_first(ColumnLibrary, partial(library_from_gram, try_first, microscope_of(config), (-20.0, 20.0), z_step=20.0))
         if library.cross_section[-1] > largest:
             return max(12, int(np.searchsorted(library.cross_section, largest)) + 2)
     raise InputError(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from .. import processes
 from ..config import NUISANCES, Config
 from ..errors import InputError
 from ..inference import held, likelihood, local
@@ -177,6 +178,7 @@ def reconstruct(
         When the series shows no columns, or columns brighter than the library.
     """
     method = method or config.inference.method
+    quiet = quiet or not processes.is_first()
     stages = Stages(quiet)
     progress = progress_bar(quiet)
     periodic, pixel = config.focal_series.periodic, float(stack.pixel_size_A)
@@ -191,7 +193,7 @@ def reconstruct(
 
     stages("columns")
     average, chosen = central_average(shift_images(fraction, -drift, periodic), defocus)
-    found = find_columns(average, pixel, periodic)
+    found = processes.of_first(find_columns(average, pixel, periodic))
     if len(found) < 1:
         raise InputError("no columns were found on the average of the sharpest images. Check signal, dose and foci of the series.")
     columns = fit_columns(average, found, pixel, periodic)
@@ -228,6 +230,7 @@ def reconstruct(
         gain=np.ones(len(dose)),
         image_shifts=drift * pixel,
     )
+    field = processes.of_first(field)
     if len(found) > LARGE:
         need = forecast(pose(stack.data, field, library, series, mask, config), config.inference.samples * config.inference.chains)
         what = f"{len(found)} columns in {len(defocus)} images of {series.shape[0]} x {series.shape[1]} pixels"
