@@ -2,6 +2,7 @@
 
 import numpy as np
 from matplotlib.colors import BoundaryNorm
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.tri import Triangulation
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
@@ -86,9 +87,9 @@ def plot_counts(ax, image, positions, n_atoms, pixel_size):
     plot_image(ax, image, pixel_size)
     if len(positions) <= 250:
         for (x, y), n in zip(positions, n_atoms, strict=True):
-            ax.text(x, y, str(n), color="#F0E442", ha="center", va="center", fontsize=8, weight="bold")
+            ax.text(x, y, str(n), color="#F0E442", ha="center", va="center", fontsize=8, path_effects=[withStroke(linewidth=2, foreground="black")])
     else:
-        ax.scatter(*positions.T, c=n_atoms, s=3, cmap="viridis")
+        ax.figure.colorbar(ax.scatter(*positions.T, c=n_atoms, s=3, cmap="viridis"), ax=ax, label="atoms")
 
 
 def plot_count_map(ax, positions, n_atoms, probability=None, size=120.0):
@@ -111,13 +112,15 @@ def plot_cross_sections(ax, cross_section, library, fit=None):
         expected = len(cross_section) * (edges[1] - edges[0]) * fit.density(x)
         ax.plot(x, expected, color=GREY, lw=0.7)
         ax.plot(x, expected.sum(1), color="black", lw=1.2, label="fitted mixture")
-        ax.legend(frameon=False, fontsize=7)
+        ax.legend(framealpha=1, edgecolor="none", fontsize=7)  # over the dashed lines
         ax.set_ylim(0, 1.15 * max(bars.max(), min(expected.sum(1).max(), 2 * bars.max())))
     shown = [(n + 1, v) for n, v in enumerate(library) if v <= 1.1 * cross_section.max()]
     for n, v in shown:
         ax.axvline(v, color=ORANGE, ls="--", lw=0.8)
         if n % -(-len(shown) // 15) == 0:
             ax.text(v, ax.get_ylim()[1], str(n), color=ORANGE, ha="center", va="bottom", fontsize=7)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="scattering cross-section (Å²)", ylabel="columns")
 
 
@@ -149,9 +152,9 @@ def plot_icl(ax, icl):
     ax.set(xlabel="number of components", ylabel="ICL")
 
 
-def plot_column_series(ax, defocus, measured, gaussian, joint, title=""):
-    """One column's mean intensity against defocus with both fits."""
-    ax.plot(defocus, measured, "x", color=BLUE, label="measured")
+def plot_column_series(ax, defocus, measured, gaussian, joint, title="", sd=None):
+    """One column's mean intensity against defocus, with its standard deviation if given, and both fits."""
+    ax.errorbar(defocus, measured, sd, fmt="x", ms=5, lw=1, color=BLUE, label="measured" if sd is None else "measured ± sd")
     ax.plot(defocus, gaussian, "--", color=ORANGE, label="Gaussian peak")
     ax.plot(defocus, joint, "-", color="black", lw=1, label="joint fit")
     ax.set(xlabel="defocus (Å)", ylabel="mean intensity (fraction of beam)", title=title)
@@ -164,7 +167,8 @@ def plot_depth_map(ax, positions, depth, sd, limits, size=170.0):
     if len(positions) <= 150:
         for (x, y), d, s in zip(positions, depth, sd, strict=True):
             light = (d - limits[0]) > 0.55 * (limits[1] - limits[0])
-            ax.text(x, y, f"{s:.1f}", ha="center", va="center", fontsize=6, color="black" if light else "white")
+            ax.text(x, y, f"{s:.1f}", ha="center", va="center", fontsize=min(7, 0.5 * size**0.5), color="black" if light else "white")
+    ax.margins(0.08)
     ax.set(xlabel="x (Å)", ylabel="y (Å)", aspect="equal")
     ax.invert_yaxis()
     return drawn
@@ -178,8 +182,8 @@ def plot_estimates(ax, depth, sd, gaussian, gaussian_sd, truth=None):
     ax.errorbar(k + 0.15, depth[order], sd[order], fmt="o", ms=3, color=BLUE, lw=1, label="joint fit")
     if truth is not None:
         ax.plot(k, truth[order], "_", color="black", ms=9, label="truth")
-    span = np.ptp(depth) + 4
-    ax.set(xlabel="column, sorted by depth", ylabel="depth (Å)", ylim=(depth.max() + span / 2, depth.min() - span / 2))
+    room = np.ptp(depth) / 4 + 2
+    ax.set(xlabel="column, sorted by depth", ylabel="depth (Å)", ylim=(depth.max() + room, depth.min() - room))
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -190,17 +194,18 @@ def plot_against_bound(ax, crlb, depth_sd, gaussian_sd, errors=None, gaussian_er
     if errors is not None:
         ax.plot(crlb, abs(errors), "o", mfc="none", color=BLUE, ms=4, label="joint fit, |error|")
         ax.plot(crlb, abs(gaussian_errors), "s", mfc="none", color=ORANGE, ms=3, label="Gaussian peak, |error|")
-    top = 1.1 * crlb.max()
-    ax.plot([0, top], [0, top], "-", color="black", lw=0.8, label="bound")
-    ax.set(xlabel="Cramér-Rao bound on depth (Å)", ylabel="sd or error (Å)", yscale="log", ylim=(0.02, None), xlim=(0.9 * crlb.min(), top))
+    bound = np.linspace(0.9 * crlb.min(), 1.1 * crlb.max())
+    ax.plot(bound, bound, "-", color="black", lw=0.8, label="bound")
+    ax.set(xlabel="Cramér-Rao bound on depth (Å)", ylabel="sd or error (Å)", yscale="log", ylim=(None if errors is None else 0.02, None), xlim=bound[[0, -1]])
     ax.legend(frameon=False, fontsize=7)
 
 
 def plot_particle(ax, atoms, atom_sd, angle=None, element=""):
     """Atoms seen along the beam (angle None), or from the side after turning the particle about the beam [degrees].
 
-    From the side the beam runs down the page; bars show one standard deviation in depth of each column's topmost atom.
+    From the side the beam runs down the page; bars show one standard deviation in depth.
     """
+    ax.margins(0.1)
     if angle is None:
         ax.scatter(atoms[:, 0], atoms[:, 1], s=40, color="#E69F00", edgecolors="black", linewidths=0.4)
         ax.set(xlabel="x (Å)", ylabel="y (Å)", aspect="equal", title="along the beam")
@@ -211,8 +216,8 @@ def plot_particle(ax, atoms, atom_sd, angle=None, element=""):
     toward = -np.sin(t) * atoms[:, 0] + np.cos(t) * atoms[:, 1]
     order = np.argsort(-toward)
     shade = (toward - toward.min()) / max(np.ptp(toward), 1e-9)
-    ax.scatter(across[order], atoms[order, 2], s=40, c=1 - shade[order], cmap="YlOrBr", vmin=-0.4, vmax=1.4, edgecolors="black", linewidths=0.4)
-    ax.errorbar(across, atoms[:, 2], atom_sd[:, 2], fmt="none", ecolor=GREY, elinewidth=0.6)
+    ax.scatter(across[order], atoms[order, 2], s=16, c=1 - shade[order], cmap="YlOrBr", vmin=-0.4, vmax=1.4, edgecolors="black", linewidths=0.4)
+    ax.errorbar(across, atoms[:, 2], atom_sd[:, 2], fmt="none", ecolor="black", elinewidth=0.6, zorder=3)
     ax.set(xlabel=f"across, turned {angle:.0f}° (Å)", ylabel="z (Å), beam downwards", aspect="equal", title=f"from the side, {angle:.0f}°")
     ax.invert_yaxis()
 
@@ -239,6 +244,8 @@ def plot_surfaces(ax, positions, ends):
         drawn.set_array(sd[corners].mean(1))
         drawn.set_clim(0, top)
     ax.set(xlabel="x (Å)", ylabel="y (Å)", zlabel="z (Å)")
+    ax.tick_params(axis="z", pad=8)
+    ax.zaxis.labelpad = 14
     ax.set_zlim((ends.bottom + ends.bottom_sd).max(), (ends.top - ends.top_sd).min())
     ax.set_aspect("equal")
     ax.locator_params(nbins=4)

@@ -80,7 +80,7 @@ def page_data(r, truth) -> dict:
         "quantities": _quantities(r, truth),
         "probability": [likely(p) for p in r.n_probability],
         "defocus": _numbers(r.defocus),
-        "variance_per_fraction": _numbers(1 / (np.asarray(r.dose) * np.pi * disc_radius(r.positions) ** 2)),  # of a disc's Poisson counts
+        "variance_per_fraction": _numbers(_variance_per_fraction(r)),
         "series": {"measured": _packed(r.column_series), "gaussian": _packed(r.gaussian_fit_series), "joint": _packed(r.joint_fit_series)},
         "atoms": _packed(np.vstack([r.atoms.T, r.atom_sd[:, 2], r.site_probability, r.column_of_atom])),
         "image": {"src": _grey(r.average_image), "shape": r.average_image.shape, "pixel_A": r.pixel_size},
@@ -116,6 +116,11 @@ def _quantities(r, truth):
 def _numbers(values):
     """Six digits of each; None, which JSON knows, for what is not finite."""
     return [float(f"{v:.6g}") if np.isfinite(v) else None for v in np.asarray(values, float)]
+
+
+def _variance_per_fraction(r):
+    """Variance of a column's mean intensity over that intensity, for each image, from the Poisson counts of its disc."""
+    return 1 / (np.asarray(r.dose) * np.pi * disc_radius(r.positions) ** 2)
 
 
 def _packed(values):
@@ -192,7 +197,7 @@ def _figures(r, truth):
     c = int(np.argsort(r.depth_sd)[len(r.depth_sd) // 2])
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     title = f"column {c}: {r.n_atoms[c]} atoms, depth {r.depth[c]:.2f} ± {r.depth_sd[c]:.2f} Å"
-    plotting.plot_column_series(figure.subplots(), r.defocus, r.column_series[c], r.gaussian_fit_series[c], r.joint_fit_series[c], title)
+    plotting.plot_column_series(figure.subplots(), r.defocus, r.column_series[c], r.gaussian_fit_series[c], r.joint_fit_series[c], title, np.sqrt(np.maximum(r.column_series[c], 0) * _variance_per_fraction(r)))
     yield "One column through focus", figure, (
         "Intensity averaged around a column of median precision. The Gaussian's peak, corrected by simulation, is the classical estimate; "
         "the joint fit explains all pixels of all images with all columns at once, so it also follows the neighbours' blurred light."
@@ -200,7 +205,7 @@ def _figures(r, truth):
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     axes = figure.subplots(1, 2)
     limits = (np.nanmin(r.depth), np.nanmax(r.depth))
-    size = float(np.clip(5000 / len(r.depth), 4, 220))
+    size = float(np.clip(9000 / len(r.depth), 4, 320))
     for ax, depth, sd, name in ((axes[0], r.depth, r.depth_sd, "joint fit"), (axes[1], r.gaussian_depth, r.gaussian_depth_sd, "Gaussian peak")):
         drawn = plotting.plot_depth_map(ax, r.positions, depth, sd, limits, size)
         ax.set_title(name)

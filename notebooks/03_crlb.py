@@ -83,17 +83,16 @@ print("\n".join(exact.in_words()))
 
 # %%
 atoms = (np.arange(n_atoms) - (n_atoms - 1) / 2) * 4.08
-differences, rounded = [], []
-for a in range(n_atoms):
-    two = [atom_counts(column, microscope, detector, series, atoms + sign * 0.1 * np.eye(n_atoms)[a], derivatives=False)[0] for sign in (1, -1)]
-    differences.append((two[0] - two[1]) / 0.2)
-    rounded.append((two[0].astype(np.float32) - two[1].astype(np.float32)) / np.float32(0.2))
-by_differences = information_of(poisson_fisher(counts[0], np.array(differences)))
-by_rounded = information_of(poisson_fisher(counts[0], np.array(rounded)))
+moved = atoms + 0.1 * np.concatenate([np.eye(n_atoms), -np.eye(n_atoms)])
+below, above = np.split(atom_counts(column, microscope, detector, series, moved, derivatives=False), 2)
+differences = (below - above) / 0.2
+rounded = (below.astype(np.float32) - above.astype(np.float32)) / np.float32(0.2)
+by_differences = information_of(poisson_fisher(counts[0], differences))
+by_rounded = information_of(poisson_fisher(counts[0], rounded))
 print("exact (nm)                " + " ".join(f"{sd / 10:6.1f}" for sd in exact.atom_sd))
 print("±10 pm, double (nm)       " + " ".join(f"{sd / 10:6.1f}" for sd in by_differences.atom_sd))
 print("±10 pm, counts single (nm)" + " ".join(f"{sd / 10:6.1f}" for sd in by_rounded.atom_sd))
-print(f"largest difference of a derivative: {abs(np.array(differences) - counts[1:]).max() / abs(counts[1:]).max():.1e} of the largest derivative")
+print(f"largest difference of a derivative: {abs(differences - counts[1:]).max() / abs(counts[1:]).max():.1e} of the largest derivative")
 
 # %% [markdown]
 # ## Bounds on single atoms: frozen phonons

@@ -68,7 +68,7 @@ for d, result in sorted(by_ignorance.items()):
 # %% [markdown]
 # ## The promise kept?
 #
-# Columns at random depths within 10 Å, simulated and fitted by maximum likelihood, under the given series and under the best one of the same total dose. The
+# Columns 10 Å above, in and below the plane in focus, simulated and fitted by maximum likelihood, under the given series and under the best one of the same total dose. The
 # images come from the library, by way of plane waves or Hankel transforms; the design came from its own radial signals of rings of the detector.
 
 # %%

@@ -31,9 +31,8 @@ SMALL = os.environ.get("DEPTHPROB_NOTEBOOKS") == "small"
 microscope = dp.Microscope(energy=300e3, convergence_angle=21.0, source_fwhm=0.7)
 detector = dp.AnnularDetector(inner=48.0, outer=180.0)
 defocus = np.arange(-200.0, 201.0, 20.0 if SMALL else 10.0)
-# the deterministic thermal model goes to 40 atoms in seconds; what it lacks in brightness plays no part between an estimator and its bound
 column = dp.Column("Au", 5 if SMALL else 40, 4.08, 0.63)
-library = dp.build_library(column, microscope, detector, model="absorptive")
+library = dp.build_library(column, microscope, detector)
 
 # %% [markdown]
 # ## An estimator of one's own

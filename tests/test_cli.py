@@ -137,6 +137,9 @@ defocus_stop_A = 120
 defocus_step_A = 20
 pixel_size_A = 0.3
 field_of_view_A = 6
+[detector]
+inner_mrad = 40
+outer_mrad = 90
 [specimen]
 n_atoms = 2
 [thermal]

@@ -81,9 +81,9 @@ def test_the_direct_beam_on_the_detector_is_refused():
 
 
 def test_gradient_is_the_finite_difference(signals):
-    goal = lambda p: depth_variances(p, signals, ONE, ("gain", "background", "focus_step", "source_size"), jnp.asarray(Z_GRID))[0]
+    goal = jax.jit(lambda p: depth_variances(p, signals, ONE, ("gain", "background", "focus_step", "source_size"), jnp.asarray(Z_GRID))[0])
     base = plan(angle=21.0, annuli=np.array([43.0, 85.0]))
-    gradient = jax.grad(goal)(base)
+    gradient = jax.jit(jax.grad(goal))(base)
     for name, index, step in (("defocus", 3, 0.05), ("dose", 5, 1.0), ("angle", (), 0.01), ("annuli", 0, 0.02)):
         value = np.asarray(getattr(base, name))
         moved = []
@@ -109,9 +109,9 @@ def test_best_foci_are_those_of_brute_force_and_certified(signals):
     found, history = optimise(plan(), space, signals, columns, free, "mean", Z_GRID, steps=1500)
     total = 9612.0 * len(FOCI)
     assert np.isclose(found.dose.sum(), total)
-    mean = lambda p: float(jnp.mean(depth_variances(p, signals, columns, free, jnp.asarray(Z_GRID))))
-    single = min(mean(plan(defocus=np.array([f]), dose=np.array([total]))) for f in np.arange(-120, 121, 2.0))
-    assert mean(merge_images(found, 5.0, 1e-3)) <= 1.002 * single
+    mean = lambda p: jnp.mean(depth_variances(p, signals, columns, free, jnp.asarray(Z_GRID)))
+    singles = jax.jit(jax.vmap(lambda f: mean(plan(defocus=f[None], dose=np.array([total])))))(np.arange(-120, 121, 2.0))
+    assert mean(merge_images(found, 5.0, 1e-3)) <= 1.002 * singles.min()
     assert history[-1] <= history[0]
     gain = further_gain(found, signals, columns, free, Z_GRID, np.arange(-120, 121, 2.0))
     assert 1 - 1e-6 < gain < 1.01

@@ -168,8 +168,8 @@ window.addEventListener("error", (event) => {
       ctx.fillRect(0, 0, width, height);
       ctx.imageSmoothingEnabled = false;
       if (picture.complete) ctx.drawImage(picture, origin[0] - (pixel * scale) / 2, origin[1] - (pixel * scale) / 2, nx * pixel * scale, ny * pixel * scale);
-      const radius = Math.max(1.5, data.disc_A * scale), numbers = radius > 9;
-      ctx.font = `${Math.min(15, Math.round(radius))}px system-ui, sans-serif`;
+      const radius = Math.max(1.5, data.disc_A * scale), numbers = radius > 9, type = Math.min(15, Math.round(radius));
+      ctx.font = `${type}px system-ui, sans-serif`;
       ctx.textAlign = "center";
       ctx.lineWidth = 0.7;
       ctx.strokeStyle = "#666";
@@ -183,7 +183,7 @@ window.addEventListener("error", (event) => {
         if (radius > 4) ctx.stroke();
         if (numbers) {
           ctx.fillStyle = level < 140 && level >= 0 ? "#fff" : "#000";
-          ctx.fillText(atoms.values[c], sx, sy + radius * 0.35);
+          ctx.fillText(atoms.values[c], sx, sy + type * 0.36);
         }
       }
       if (chosen >= 0) {

@@ -113,16 +113,16 @@ def atom_counts(
     Parameters
     ----------
     depths : (atom,), optional
-        z of each atom [Å]; by default equally spaced about zero.
+        z of each atom [Å]; by default equally spaced about zero. Without derivatives also (entry, atom).
     derivatives : bool
-        False for the counts alone, as the only entry.
+        False for the counts alone, an entry for each row of depths.
     """
     energy = float(microscope.energy)
     aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(energy))
     modes = incident_disc(column, energy, aperture)
     channel = prepare_channel(column, energy, aperture, detector, parametrization)
     depths = np.asarray(depths if depths is not None else (np.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * float(column.spacing))
-    grams = depth_derivatives(depths, channel, modes, progress) if derivatives else gram_of_depths(depths, channel, modes)[None]
+    grams = depth_derivatives(depths, channel, modes, progress) if derivatives else np.stack([gram_of_depths(row, channel, modes) for row in np.atleast_2d(depths)])
     with jax.enable_x64(True):
         return _counts(grams, modes, column, microscope, series)
 

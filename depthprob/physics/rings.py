@@ -26,7 +26,7 @@ from .electron import wavelength
 from .gram import ColumnGram, DiscModes, default_reach, require_full_symmetry
 from .scattering import panels
 from .specimen import Column
-from .thermal import POTENTIAL, highest_order, incident_disc, incident_modes, principal_modes, vibrating_atom
+from .thermal import POTENTIAL, highest_order, incident_disc, incident_modes, principal_modes, real_times, times_coherence, vibrating_atom
 
 FAINTEST_CORE = 1e-6  # amplitude of a wave within the core below which it is left out
 
@@ -90,29 +90,17 @@ def prepare_scatterer(column: Column, energy: float, aperture: float, edges: tup
     )
 
 
-def _real_times(real: np.ndarray, waves: np.ndarray) -> np.ndarray:
-    """Matrix product of real and complex, by real ones."""
-    return (real @ np.ascontiguousarray(waves).view(float)).view(complex)
-
-
 def _through(waves: Complex[np.ndarray, "l k w"], atom: Scatterer) -> Complex[np.ndarray, "l k w"]:
     """Behind the mean atom."""
-    met = atom.mean[:, None] * _real_times(atom.hankel, waves)
-    return waves + _real_times(atom.hankel.swapaxes(1, 2), met)
+    met = atom.mean[:, None] * real_times(atom.hankel, waves)
+    return waves + real_times(atom.hankel.swapaxes(1, 2), met)
 
 
 def _diffuse(form: Complex[np.ndarray, "l R R"], atom: Scatterer) -> Complex[np.ndarray, "l R R"]:
-    """Point-by-point product with the atom's coherence, at the angles between two points and back."""
-    n_l, n_r = atom.lift.shape[:2]
-    back = np.where(np.arange(n_l) > 0, 0.5, 1.0)[:, None] * atom.cosine.T / len(atom.cosine)
+    """Point-by-point product with the atom's coherence."""
     lift = atom.lift.swapaxes(1, 2)
-    upper = np.triu_indices(n_r)  # all are Hermitian
-    here = _real_times(atom.lift, form @ lift)[:, *upper]
-    there = _real_times(back, _real_times(atom.cosine, here) * atom.coherence[:, *upper])
-    whole = np.empty((n_l, n_r, n_r), complex)
-    whole[:, *upper[::-1]] = there.conj()
-    whole[:, *upper] = there
-    return _real_times(lift, whole) @ atom.lift
+    whole = times_coherence(real_times(atom.lift, form @ lift), atom.coherence, atom.cosine)
+    return real_times(lift, whole) @ atom.lift
 
 
 def _paths(atom: Scatterer, waves: np.ndarray, n: int, spacing: float, slopes: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -126,7 +114,7 @@ def _paths(atom: Scatterer, waves: np.ndarray, n: int, spacing: float, slopes: b
     for _ in range(n):
         if slopes:
             entries.append(1j * atom.rate[:, None] * entries[0])
-        cores = np.stack([_real_times(atom.core, w) for w in entries])
+        cores = np.stack([real_times(atom.core, w) for w in entries])
         entries = [_through(w, atom) for w in entries]
         recorded = [np.stack([entries[0][:, r].conj().swapaxes(1, 2) @ w[:, r] for r in atom.rings]) for w in entries]
         yield cores, np.stack([recorded[0], *(g + _adjoint(g) for g in recorded[1:])])

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Complex, Float
+from scipy.fft import dct
 
 from .detector import AnnularDetector
 from .electron import interaction_parameter, wavelength
@@ -124,10 +125,13 @@ def prepare_channel(
     )
     absorbed = np.where(far < disc, np.sin(np.pi / 2 * np.clip((far - edge) / (disc - edge), 0, 1)) ** 2, 1.0)
     kept = np.eye(len(k)) - (outwards.swapaxes(1, 2) * absorbed) @ outwards
-    through = np.eye(len(k)) + (atom.hankel.swapaxes(1, 2) * atom.mean) @ atom.hankel
-    bare = np.broadcast_to(np.diag(channel.detected), through.shape)
-    gained = _conjugate(bare, through) - bare + _diffuse(bare, channel)
-    return channel._replace(transmitted=through @ kept, gained=_conjugate(gained, kept))
+    lift = atom.hankel.swapaxes(1, 2)
+    through = np.eye(len(k)) + (lift * atom.mean.real) @ atom.hankel + 1j * ((lift * atom.mean.imag) @ atom.hankel)
+    bare, seen = np.diag(channel.detected), channel.detected > 0
+    recorded = through[:, seen]
+    gained = recorded.conj().swapaxes(1, 2) @ (channel.detected[seen, None] * recorded) - bare + _diffuse(np.broadcast_to(bare, through.shape), channel)
+    inside = real_times(kept, real_times(kept, gained).conj().swapaxes(1, 2))  # forms are Hermitian, and both operators symmetric
+    return channel._replace(transmitted=real_times(kept, through).swapaxes(1, 2), gained=inside)
 
 
 class VibratingAtom(NamedTuple):
@@ -184,20 +188,18 @@ def _to_radii(k, weight, edges, extra, orders, oversampling) -> tuple[np.ndarray
     return r, bessel(orders, 2 * np.pi * np.outer(r, k)) * np.outer(np.sqrt(2 * np.pi * r * w), weight)
 
 
-def thermal_scattering(column: Column, energy: float, r: np.ndarray, parametrization: str, nodes: int, angles: int = 512):
+def thermal_scattering(column: Column, energy: float, r: np.ndarray, parametrization: str, nodes: int, angles: int = 256):
     """Angular harmonics (s, m, r) of exp(i sigma V) - 1 of an atom displaced by radius s, and the probability of each s (s,)."""
     u = float(rms_from_debye_waller_b(column.debye_waller_b))
     x, share = np.polynomial.laguerre.laggauss(nodes)
     displacement = u * np.sqrt(2 * x)
-    alpha = 2 * np.pi * (np.arange(angles) + 0.5) / angles  # halfway, so that no point falls on the nucleus
+    alpha = np.pi * (np.arange(angles) + 0.5) / angles  # halfway, so that no point falls on the nucleus
     sigma = float(interaction_parameter(energy))
     harmonics = []
     for s in displacement:
         distance = np.sqrt(np.maximum(r[:, None] ** 2 + s**2 - 2 * r[:, None] * s * np.cos(alpha), 1e-12))
         values = np.exp(1j * sigma * projected_potential(column.element, distance, parametrization)) - 1
-        m = np.arange(angles // 2)
-        spectrum = np.fft.fft(values, axis=1)[:, : angles // 2] / angles * np.exp(-1j * np.pi * m / angles)
-        harmonics.append(spectrum.T)
+        harmonics.append(dct(values, axis=1).T / (2 * angles))  # even in the angle
     return np.array(harmonics), share
 
 
@@ -207,18 +209,31 @@ def incident_disc(column: Column, energy: float, aperture: float, reach: float =
     return complete_disc_modes(default_reach(column, angle) + reach, aperture)
 
 
+def real_times(real: np.ndarray, waves: np.ndarray) -> np.ndarray:
+    """Matrix product of real and complex, by real ones."""
+    return (real @ np.ascontiguousarray(waves, complex).view(float)).view(complex)
+
+
 def _conjugate(form: np.ndarray, operator: np.ndarray) -> np.ndarray:
     return operator.conj().swapaxes(1, 2) @ (form @ operator)
 
 
 def _diffuse(form: np.ndarray, channel: AtomChannel) -> np.ndarray:
-    """Point-by-point product of a form with the atom's coherence, at the angles between two points and back."""
-    n_l, n_r = channel.core.shape[:2]
+    """Point-by-point product of a form with the atom's coherence."""
     lift = channel.core.swapaxes(1, 2)
-    here = (channel.core @ form @ lift).reshape(n_l, -1)
-    at_angles = (channel.cosine @ here).reshape(-1, n_r, n_r) * channel.coherence
-    back = np.where(np.arange(n_l) > 0, 0.5, 1.0)[:, None] * channel.cosine.T / len(channel.cosine)
-    return lift @ (back @ at_angles.reshape(len(channel.cosine), -1)).reshape(n_l, n_r, n_r) @ channel.core
+    here = real_times(channel.core, real_times(channel.core, form).conj().swapaxes(1, 2))  # all are Hermitian
+    return real_times(lift, real_times(lift, times_coherence(here, channel.coherence, channel.cosine)).conj().swapaxes(1, 2))
+
+
+def times_coherence(form: Complex[np.ndarray, "l r r"], coherence: Complex[np.ndarray, "angle r r"], cosine: Float[np.ndarray, "angle l"]) -> Complex[np.ndarray, "l r r"]:
+    """Point-by-point product of a Hermitian form at the core's radii with the atom's coherence: to the angles between two points and back."""
+    upper = np.triu_indices(form.shape[1])
+    back = np.where(np.arange(len(form)) > 0, 0.5, 1.0)[:, None] * cosine.T / len(cosine)
+    product = real_times(back, real_times(cosine, form[:, *upper]) * coherence[:, *upper])
+    whole = np.empty_like(form)
+    whole[:, *upper[::-1]] = product.conj()
+    whole[:, *upper] = product
+    return whole
 
 
 def scattered(form: Complex[np.ndarray, "l k k"], channel: AtomChannel) -> Complex[np.ndarray, "l k k"]:
@@ -295,9 +310,10 @@ def _grams(step, configurations, column, energy, convergence_angle, detector, pa
     top = -(column.n_atoms - 1) / 2 * float(column.spacing)
     waves = incident_modes(modes, channel) * np.exp(1j * channel.rate * top)
     bare = np.diag(channel.detected)
-    gain, blocks = np.zeros_like(channel.gained), []
-    for _ in progress(range(column.n_atoms), desc="column library", unit="atom"):  # one on top of the others
-        gain = channel.gained + step(flown(gain, float(column.spacing), channel), channel)
+    gain, blocks = channel.gained, []
+    for others in progress(range(column.n_atoms), desc="column library", unit="atom"):  # one on top of the others
+        if others:
+            gain = channel.gained + step(flown(gain, float(column.spacing), channel), channel)
         blocks.append(in_modes(gain + bare, waves))
     blocks, modes = principal_modes(np.stack(blocks), modes)
     reach = default_reach(column, convergence_angle)
@@ -327,8 +343,8 @@ def gram_of_depths(depths: Float[np.ndarray, " atom"], channel: AtomChannel, mod
     depths : (atom,)
         z of each atom [Å] in increasing order; z = 0 is the plane of the modes.
     """
-    gain = np.zeros_like(channel.gained)
-    for below in np.append(np.diff(depths), 0.0)[::-1]:
+    gain = channel.gained
+    for below in np.diff(depths)[::-1]:
         gain = channel.gained + scattered(flown(gain, float(below), channel), channel)
     return _of_top(gain + np.diag(channel.detected), depths[0], channel, modes)
 
@@ -347,13 +363,11 @@ def depth_derivatives(
     column as the form itself does.
     """
     depths = np.asarray(depths, float)
-    forms = [np.zeros_like(channel.gained)]  # the form seen from each atom's plane, then its tangents by the lower atoms, last atom first
-    below = 0.0
-    for i in progress(range(len(depths))[::-1], desc="atoms", unit="atom"):
+    forms = [channel.gained, by_distance(channel.gained, channel)]  # seen from the last atom's plane, then its tangents by the lower atoms, last atom first
+    for below in progress(np.diff(depths)[::-1], desc="atoms", unit="atom"):
         arriving = [flown(form, below, channel) for form in forms]
         own = -scattered(by_distance(arriving[0], channel), channel)
         seen = channel.gained + scattered(arriving[0], channel)
         forms = [seen, *(scattered(tangent, channel) for tangent in arriving[1:]), own + by_distance(seen, channel)]
-        below = depths[i] - (depths[i - 1] if i else 0.0)
     value, *tangents = forms
     return np.stack([_of_top(form, depths[0], channel, modes) for form in (value + np.diag(channel.detected), *tangents[::-1])])

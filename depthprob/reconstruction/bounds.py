@@ -9,7 +9,7 @@ from ..inference.fisher import atom_information
 from ..inference.likelihood import depth_bounds, fisher_and_score, make_problem
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.gram import has_full_symmetry
-from .libraries import column_of, detector_of, gram_for, library_for, microscope_of, read_variance_of
+from .libraries import column_of, detector_of, gram_for, library_of, microscope_of, read_variance_of, z_range_of
 from .pipeline import GAUGE
 
 ATOM_MODEL = (
@@ -26,8 +26,8 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     n = config.specimen.n_atoms
     microscope, detector, settings = microscope_of(config), detector_of(config), config.focal_series
     largest = max(n, config.crlb.max_atoms or n)
-    library = library_for(config, largest, progress)
     gram = gram_for(config, largest, progress)
+    library = library_of(gram, microscope, z_range_of(config))
     pixels = round(settings.field_of_view_A / settings.pixel_size_A)
     shape = (pixels + 1 - pixels % 2,) * 2
     defocus = settings.defocus

@@ -74,7 +74,7 @@ def build_library(
     interrupted build goes on where it stopped.
     """
     gram = gram_of(column, microscope, detector, configurations, seed, model, parametrization, sampling, progress)
-    return _library_of(gram, microscope, z_range)
+    return library_of(gram, microscope, z_range)
 
 
 def gram_of(
@@ -181,7 +181,8 @@ def library_name(microscope: Microscope, z_range: tuple[float, float], gram: Col
     return f"library_{_checksum(text.encode())}.npz"
 
 
-def _library_of(gram: ColumnGram, microscope: Microscope, z_range: tuple[float, float]) -> ColumnLibrary:
+def library_of(gram: ColumnGram, microscope: Microscope, z_range: tuple[float, float]) -> ColumnLibrary:
+    """The library for one lens: packaged, from the cache, or made now and kept."""
     return _by_first(ColumnLibrary, lambda: _kept_library(gram, microscope, z_range))
 
 
@@ -277,7 +278,7 @@ def gram_for(config: Config, n_max: int, progress: Callable, scramblings: int = 
 
 def library_for(config: Config, n_max: int, progress: Callable) -> ColumnLibrary:
     """`build_library` for the config's columns up to n_max atoms and its foci."""
-    return _library_of(gram_for(config, n_max, progress), microscope_of(config), z_range_of(config))
+    return library_of(gram_for(config, n_max, progress), microscope_of(config), z_range_of(config))
 
 
 def settings_of_library(config: Config) -> dict:
@@ -342,7 +343,7 @@ def neighbouring_libraries(config: Config, n_max: int, progress: Callable) -> di
         livelier = dataclasses.replace(column, debye_waller_b=column.debye_waller_b + LIVELIER)
         warmer = quick_gram(livelier, lens.energy, lens.convergence_angle, detector, config.simulation.parametrization, progress)
         found["debye_waller_b"] = (library_from_gram(warmer, lens, z_range_of(config)), LIVELIER)
-    library = _library_of(gram, lens, z_range_of(config))
+    library = library_of(gram, lens, z_range_of(config))
     for name, (n, m) in UNROUND.items():
         step = 0.3 / edge_phase(lens, n)
         slopes = asymmetry.by_aberration(gram.blocks.mean(0), gram.modes, lens, library.planes, library.pixel * library.images.shape[1], n, m)
