@@ -441,7 +441,8 @@ class InferenceConfig:
     """[inference]: the estimator and what it leaves free beside the depths.
 
     Noise "over_dispersed" has a variance in proportion to the mean, by a factor inferred from the residuals. A "smooth" background varies slowly over
-    each image, as that of a support film. `prior_sd` replaces standard deviations of the normal priors: of depths about zero, of positions, shifts and the logarithms of backgrounds about where
+    each image, as that of a support film. Superposition "corrected" takes from the depths what a sum of isolated columns gets wrong, "plain" leaves it, and "auto"
+    corrects fields with columns thick enough for it to matter. `prior_sd` replaces standard deviations of the normal priors: of depths about zero, of positions, shifts and the logarithms of backgrounds about where
     the fit starts, of the logarithms of gains about zero, of the focus step about one.
     """
 
@@ -449,6 +450,7 @@ class InferenceConfig:
     free: tuple[str, ...] = _key(NUISANCES[:4], _choices(NUISANCES))
     noise: str = _key("poisson", _choice(("poisson", "over_dispersed")))
     background: str = _key("constant", _choice(("constant", "smooth")))
+    superposition: str = _key("auto", _choice(("auto", "corrected", "plain")))
     prior_sd: dict[str, float] = _key({}, _prior_sd)
     max_atoms: int | None = _key(None, _number(at_least=1, whole=True))
     samples: int = _key(500, _number(at_least=1, whole=True))

@@ -46,6 +46,7 @@ def write(result: Reconstruction, folder: Path) -> None:
             "bottom_sd_A": result.ends.bottom_sd,
             "thickness_A": result.ends.thickness,
             "thickness_sd_A": result.ends.thickness_sd,
+            "superposition_shift_A": result.superposition_shift,
         },
     )
     fit = result.column_fit

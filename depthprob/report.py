@@ -153,6 +153,8 @@ def _summary(r, truth):
         e, g = r.depth - truth, r.gaussian_depth - truth
         e, g = e - np.nanmedian(e), g - np.nanmedian(g)
         text += f" Against the known atoms the error is {rms(e):.2f} Å rms for the joint fit and {rms(g):.2f} Å for Gaussian peaks, after removing the median offset."
+    if np.any(r.superposition_shift):
+        text += f" Neighbouring columns in each other's beam move depths by {rms(r.superposition_shift):.2f} Å rms and {np.max(np.abs(r.superposition_shift)):.2f} Å at most; the depths here are corrected for it."
     held = ", ".join(r.fixed) or "nothing"
     return f'<p class="good">{html.escape(text)}</p><p>Gauge: {html.escape(r.gauge)}. Held fixed: {html.escape(held)}.</p>'
 

@@ -10,6 +10,7 @@ from depthprob.config import Config
 from depthprob.inference.likelihood import Amplitudes, Dispersion
 from depthprob.reconstruction import quality
 from depthprob.reconstruction.joint import JointFit
+from depthprob.reconstruction.superposition import Owed
 
 PIXEL, WIDTH, SHAPE = 0.34, 0.45, (40, 44)
 FOCI = np.arange(-60.0, 61.0, 15.0)
@@ -122,14 +123,26 @@ def test_depths_beyond_the_foci_and_at_their_ends_are_said():
     assert beyond.startswith("2 of 4 columns lie beyond the foci") and edge.startswith("1 of 4 columns lie within 20 Å")
 
 
+def owing(depth, pairs=0):
+    return Owed(np.float32(0), np.zeros(0), np.array(depth), 0.15 * abs(np.array(depth)), pairs)
+
+
 def test_columns_too_thick_for_superposition_are_counted():
     places = 2.04 * np.stack(np.mgrid[:3, :3], -1).reshape(-1, 2)
     n = np.arange(3, 12)
-    assert quality.doubts_of_thickness(n, places, 4.08, 21.0) == []
-    (doubt,) = quality.doubts_of_thickness(2 * n, places, 4.08, 21.0)
-    assert doubt.startswith("6 of 9 columns are thicker than 49 Å (up to 90 Å)")  # 12 to 22 atoms; 12 are 49.0 Å, the limit 48.6 Å
-    assert quality.doubts_of_thickness(2 * n, 2 * places, 4.08, 21.0) == []
-    assert quality.doubts_of_thickness(np.array([40]), places[:1], 4.08, 21.0) == []
+    doubts = lambda n, places: quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([0.0]))
+    assert doubts(n, places) == []
+    (doubt,) = doubts(2 * n, places)
+    assert doubt.startswith("6 of 9 columns are 49 Å thick or more (up to 90 Å)") and "corrected" in doubt
+    assert doubts(2 * n, 2 * places) == []
+    assert doubts(np.array([40]), places[:1]) == []
+
+
+def test_corrected_columns_are_told_by_how_much_and_small_corrections_are_not():
+    places, n = 2.04 * np.stack(np.mgrid[:3, :3], -1).reshape(-1, 2), np.full(9, 20)
+    (doubt,) = quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([-0.3, -0.9], 20))
+    assert "by up to 0.90 Å" in doubt and "hold 0.14 Å" in doubt
+    assert quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([-0.3, -0.4], 20)) == []
 
 
 def fitted(n_atoms=(3, 12), amplitude=(1.0, 1.0), sd=(0.02, 0.02)):

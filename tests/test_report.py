@@ -42,7 +42,7 @@ def made_up(n_columns=16, **changes) -> Reconstruction:
         positions=positions, cross_section=0.02 * n, cross_section_sd=np.full(count, 1e-3), n_atoms=n, n_probability=chance, library_cross_section=cross, column_fit=None,
         mixture=gaussian_mixture_counts(cross, 3), hybrid=count_by_hybrid(0.02 * n, cross), ends=ends,
         surface=find_surface(atoms, column, ends, 0.1 * n, positions, unit_cell("fcc", 4.08), (0, 0, 1)), gaussian_depth=depth + 0.5, gaussian_depth_sd=2 * sd, depth=depth, depth_sd=sd, depth_q05=depth - sd, depth_q95=depth + sd, crlb=sd,
-        goodness_of_fit=np.zeros(count), lattice_depth=depth, lattice_probability=np.ones(count), atoms=atoms,
+        superposition_shift=np.zeros(count), goodness_of_fit=np.zeros(count), lattice_depth=depth, lattice_probability=np.ones(count), atoms=atoms,
         atom_sd=np.repeat(sd, n)[:, None] * np.ones(3), site_probability=np.ones(len(column)), column_of_atom=column, column_series=series, gaussian_fit_series=series,
         joint_fit_series=series, diagnostics={"dispersion": 1.0}, warnings=[], provenance={}, gauge="absolute", fixed=[],
     )  # fmt: skip

@@ -183,41 +183,46 @@ def images_from_gram(
     defocus : (F,)
         [Å], positive is underfocus.
     """
+    spectra, x, y = focal_spectra(gram, waves, cell, microscope, defocus)
+    across, down = (np.exp(2j * np.pi * np.outer(np.arange(n) / n, side * q)) for n, side, q in zip(shape[::-1], cell, (x, y), strict=True))
+    shifts = np.zeros((len(defocus), 2)) if shifts is None else shifts
+    series = np.empty((len(defocus), *shape))
+    for i, spectrum in enumerate(spectra):
+        moved = spectrum * np.exp(-2j * np.pi * (x * shifts[i, 0] + y[:, None] * shifts[i, 1]))
+        series[i] = (down @ moved @ across.T).real
+    return series
+
+
+def focal_spectra(
+    gram: np.ndarray, waves: np.ndarray, cell: tuple[float, float], microscope: Microscope, defocus: np.ndarray, turn: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fourier coefficients (F, y, x) of the images of `images_from_gram`, and their frequencies (x,), (y,) [1/Å].
+
+    `turn` [rad] is the angle from the lens's x to that of the cell.
+    """
     lam = float(wavelength(microscope.energy))
     kx, ky = waves[:, 0] / cell[0], waves[:, 1] / cell[1]
     rim = np.sqrt(cell[0] * cell[1])
-    amplitude = np.clip(
-        (float(microscope.convergence_angle) * 1e-3 / lam - np.hypot(kx, ky)) * rim + 0.5, 0, 1
-    )
+    amplitude = np.clip((float(microscope.convergence_angle) * 1e-3 / lam - np.hypot(kx, ky)) * rim + 0.5, 0, 1)
     amplitude = amplitude / np.sqrt((amplitude**2).sum())
-    chi = np.asarray(aberration_phase(microscope, kx, ky, 0.0))
-    widest = 2 * abs(waves).max() + 1
-    side = 2 * widest + 1
+    chi = np.asarray(aberration_phase(microscope, kx * np.cos(turn) - ky * np.sin(turn), kx * np.sin(turn) + ky * np.cos(turn), 0.0))
+    side = 4 * int(abs(waves).max()) + 3
     dx, dy = (waves[:, None] - waves[None]).transpose(2, 0, 1)
     index = ((dy % side) * side + dx % side).ravel()
     frequency = np.fft.fftfreq(side, 1 / side)
-    qx, qy = np.meshgrid(frequency / cell[0], frequency / cell[1])
+    qx, qy = frequency / cell[0], frequency / cell[1]
     s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
-    source = np.exp(-2 * (np.pi * s) ** 2 * (qx**2 + qy**2))
-    x, y = np.arange(shape[1]) / shape[1], np.arange(shape[0]) / shape[0]
-    to_x, to_y = (
-        np.exp(2j * np.pi * np.outer(frequency, x)),
-        np.exp(2j * np.pi * np.outer(y, frequency)),
-    )
-    shifts = np.zeros((len(defocus), 2)) if shifts is None else shifts
+    source = np.exp(-2 * (np.pi * s) ** 2 * (qx**2 + qy[:, None] ** 2))
     k2 = kx**2 + ky**2
     spread = np.pi * lam * float(microscope.focal_spread)
     gram = gram * np.exp(-((spread * (k2[:, None] - k2)) ** 2) / 2)
-    series = np.empty((len(defocus), *shape))
+    spectra = np.empty((len(defocus), side, side), complex)
     for i, f in enumerate(defocus):
         a = amplitude * np.exp(-1j * (chi - np.pi * lam * f * k2))
         pairs = (a.conj()[:, None] * gram * a[None]).ravel()
-        spectrum = np.bincount(index, pairs.real, side**2) + 1j * np.bincount(
-            index, pairs.imag, side**2
-        )
-        moved = source * np.exp(-2j * np.pi * (qx * shifts[i, 0] + qy * shifts[i, 1]))
-        series[i] = (to_y @ (spectrum.reshape(side, side) * moved) @ to_x).real
-    return series
+        spectrum = np.bincount(index, pairs.real, side**2) + 1j * np.bincount(index, pairs.imag, side**2)
+        spectra[i] = spectrum.reshape(side, side) * source
+    return spectra, qx, qy
 
 
 def simulate_particle(

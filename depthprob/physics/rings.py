@@ -103,6 +103,12 @@ def _diffuse(form: Complex[np.ndarray, "l R R"], atom: Scatterer) -> Complex[np.
     return real_times(lift, whole) @ atom.lift
 
 
+def recorded_at_once(atom: Scatterer, detector: AnnularDetector, energy: float) -> Complex[np.ndarray, "l R R"]:
+    """Form of the waves upon an atom that a round detector records of what the atom's motion scatters out of them, nothing else on the way."""
+    sensitivity = detector.sensitivity(atom.k * 1e3 * float(wavelength(energy)), np.zeros_like(atom.k))
+    return _diffuse(((atom.core * sensitivity) @ atom.core.swapaxes(1, 2)).astype(complex), atom)
+
+
 def _paths(atom: Scatterer, waves: np.ndarray, n: int, spacing: float, slopes: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What `waves`, then the waves of a core, amount to in the core of the atom they meet after each step, and what rings record of them behind it.
 

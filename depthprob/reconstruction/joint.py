@@ -183,18 +183,20 @@ def with_columns(field: Field, positions: np.ndarray) -> Field:
     )
 
 
-def column_depths(posterior: Posterior, joint: JointFit, count_shifts: np.ndarray, seed: int, relative: bool = False) -> Depths:
-    """Depths with the error bars of fit, library and uncertain counts together.
+def column_depths(posterior: Posterior, joint: JointFit, count_shifts: np.ndarray, superposition_sd: np.ndarray, seed: int, relative: bool = False) -> Depths:
+    """Depths with the error bars of fit, library, superposition and uncertain counts together.
 
     Parameters
     ----------
     count_shifts : (n_max, changes)
         What a wrong count does to a depth, from `counts.depth_shifts`.
+    superposition_sd : (C,)
+        What is not known of the sum of isolated columns [Å].
     relative : bool
         Depths less their mean.
     """
     problem, n = joint.problem, np.asarray(joint.problem.n_atoms)
-    library_sd = np.nan_to_num(problem.library.depth_error[n - 1])
+    library_sd = np.hypot(np.nan_to_num(problem.library.depth_error[n - 1]), superposition_sd)
     if posterior.draws is None:
         mean = np.asarray(joint.estimate.parameters["depth"])
         sd = np.sqrt(joint.reader.depth_sd(joint.estimate, problem, relative) ** 2 + library_sd**2 + mean_square_shift(n, joint.counts.probability, count_shifts))

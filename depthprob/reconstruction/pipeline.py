@@ -22,7 +22,7 @@ from ..inference.posterior import LARGE, infer, to_arviz
 from ..io import Stack, read_drift_csv
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
-from . import quality
+from . import quality, superposition
 from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
@@ -65,6 +65,7 @@ class Reconstruction:
     depth_q05: np.ndarray
     depth_q95: np.ndarray
     crlb: np.ndarray
+    superposition_shift: np.ndarray
     goodness_of_fit: np.ndarray
     lattice_depth: np.ndarray
     lattice_probability: np.ndarray
@@ -237,6 +238,10 @@ def reconstruct(
         refuse_beyond_limit(config, need.gigabytes, what)
         stages.tell(f"{what} take about {math.ceil(need.seconds / 60)} minutes and {need.gigabytes:.1f} GB")
     joint = fit_jointly(stack.data, field, library, series, mask, config, progress)
+
+    stages("superposition")
+    owed = superposition.owed(joint, config, progress)
+    joint = superposition.paid(joint, owed)
     problem, estimate, fit = joint.problem, joint.estimate, joint.reader
     n_atoms, probability = np.asarray(problem.n_atoms), joint.counts.probability
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}
@@ -260,7 +265,7 @@ def reconstruct(
     bound = fit.column_bounds(estimate, problem, relative)
     background = np.exp(parameters["log_background"])
     moves = depth_shifts(library, defocus, dose, background, float(np.median(parameters["depth"])))
-    depths = column_depths(result, joint, moves, config.inference.seed, relative)
+    depths = column_depths(result, joint, moves, owed.depth_sd, config.inference.seed, relative)
     gaussian_depth = baseline.depth - np.nanmean(baseline.depth) * relative
 
     stages("held settings")
@@ -286,12 +291,12 @@ def reconstruct(
         *quality.doubts_of_images(likelihood.image_dispersions(problem, rate), parameters["log_gain"], defocus, config),
         *quality.doubts_of_field(positions, shifts, series.shape, pixel, periodic),
         *quality.doubts_of_depths(parameters["depth"], defocus),
-        *quality.doubts_of_thickness(n_atoms, positions, geometry.spacing, config.microscope.convergence_angle_mrad),
+        *quality.doubts_of_thickness(n_atoms, positions, geometry.spacing, config.microscope.convergence_angle_mrad, owed),
         *quality.doubts_of_estimators(depths.mean, gaussian_depth),
         *quality.doubts_of_settings(tested, config, float(np.median(depths.sd))),
         *quality.doubts_of_fit(joint, fit_quality, spread, config),
     ]
-    expected = rate / (dose * pixel**2)[:, None, None]
+    expected = (rate + owed.change) / (dose * pixel**2)[:, None, None]
     joint_series = disc_averages(expected, positions, shifts, pixel, disc_radius(positions), periodic)
     drift_px = shifts / pixel
     stages(None)
@@ -322,6 +327,7 @@ def reconstruct(
         depth_q05=depths.low,
         depth_q95=depths.high,
         crlb=bound,
+        superposition_shift=-owed.depth,
         goodness_of_fit=fit_quality,
         lattice_depth=snapped.depth,
         lattice_probability=snapped.probability,
@@ -334,7 +340,7 @@ def reconstruct(
         column_series=baseline.intensity,
         gaussian_fit_series=baseline.model,
         joint_fit_series=joint_series,
-        diagnostics=result.diagnostics | {"dispersion": spread.value, "dispersion_sd": spread.sd, **{f"asked of {name} (sd)": a.significance for name, a in tested.items()}, "stages": stages.seconds},
+        diagnostics=result.diagnostics | {"dispersion": spread.value, "dispersion_sd": spread.sd, "pairs of neighbours corrected": owed.pairs, **{f"asked of {name} (sd)": a.significance for name, a in tested.items()}, "stages": stages.seconds},
         warnings=warnings,
         provenance=_provenance(config, stages.seconds, method, library),
         gauge=GAUGE_FREE if relative else GAUGE,

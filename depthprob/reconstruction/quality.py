@@ -2,7 +2,6 @@
 
 import numpy as np
 from scipy.ndimage import convolve
-from scipy.spatial import cKDTree
 from scipy.stats import binom, poisson
 
 from ..config import Config
@@ -12,11 +11,12 @@ from ..physics.electron import wavelength
 from ..physics.optics import edge_phase
 from .joint import JointFit
 from .libraries import UNROUND, microscope_of
+from .superposition import Owed, is_thick
 
 FALSE_ALARM = 1e-6  # chance that a test of the counts calls a sound series in question
 DARK = 20.0  # times as bright as a line its neighbours may be: in a band-limited image the flank of a column falls by less from pixel to pixel
-SPREAD = 0.25  # of the way to its neighbours, within which a beam meets a column alone
 EDGE = 20.0  # Å from the end of the foci within which half of a column's peak is missing
+WORTH_SAYING = 0.5  # Å of correction
 HELD = "beam energy, convergence angle, aberrations, detector angles, Debye-Waller factor, source size, foci"
 LEAST_PHASE = 0.3  # rad
 LEAST_EXPLAINED = 0.5  # of the misfit, by a setting that passes for its cause
@@ -141,22 +141,24 @@ def doubts_of_depths(depth: np.ndarray, defocus: np.ndarray) -> list[str]:
     return found
 
 
-def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float) -> list[str]:
-    """A warning of columns (C,) too thick for a sum of isolated columns.
+def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float, owed: Owed) -> list[str]:
+    """A warning of columns (C,) too thick for a sum of isolated columns, or corrected by more than their error bars.
 
     Within a column of thickness t the beam of semi-angle a [mrad] spreads to a t / 2, and what its neighbours, at a distance d, scatter of it is
     missing. Against full multislice, gold along [001], 300 kV, 21 mrad (tests/benchmarks/superposition.py): a column among its eight neighbours is off in depth
-    by 0.02 +- 0.02 Å at a t / 2 d = 0.08 (4 atoms), 0.23 +- 0.11 Å at 0.25 (12 atoms, half the bound) and 0.84 +- 0.15 Å at 0.42 (20 atoms, twice the bound).
+    by 0.02 +- 0.02 Å at a t / 2 d = 0.08 (4 atoms), 0.20 +- 0.04 Å at 0.25 (12 atoms, half the bound) and 1.01 +- 0.07 Å at 0.42 (20 atoms, twice the bound).
     """
     thickness = n_atoms * spacing
-    if len(positions) < 2:
-        return []
-    nearest = cKDTree(positions).query(positions, 2)[0][:, 1]
-    thick = 1e-3 * angle * thickness > 2 * SPREAD * nearest
+    thick = is_thick(n_atoms, positions, spacing, angle)
     if not thick.any():
         return []
-    limit = 2e3 * SPREAD * np.median(nearest) / angle
-    return [f"{thick.sum()} of {len(thick)} columns are thicker than {limit:.0f} Å (up to {thickness.max():.0f} Å): the beam spreads in them towards their neighbours, and a sum of isolated columns is wrong by as much as the error bars say, which do not know of it. Simulate structure.xyz in full to see by how much."]
+    if owed.pairs:
+        most = abs(owed.depth).max()
+        if most < WORTH_SAYING:
+            return []
+        return [f"{thick.sum()} of {len(thick)} columns are so thick (up to {thickness.max():.0f} Å) that the beam spreads in them to their neighbours. Depths are corrected for it, by up to {most:.2f} Å; their error bars hold {owed.depth_sd.max():.2f} Å for what the correction may lack. It is proved for gold along [001], of up to 20 atoms."]
+    limit = thickness[thick].min()
+    return [f"{thick.sum()} of {len(thick)} columns are {limit:.0f} Å thick or more (up to {thickness.max():.0f} Å): the beam spreads in them towards their neighbours, and a sum of isolated columns is wrong by as much as the error bars say, which do not know of it. Set inference.superposition = \"corrected\", which takes untilted crystals and round detectors."]
 
 
 def _listed(numbers: np.ndarray, word: str = "image") -> str:

@@ -1,0 +1,355 @@
+"""What two columns record beyond the sum of each alone: the Gram matrix of the pair less those of its columns.
+
+A column meets the beam that spreads from its neighbours, elastically and by thermal motion, and a sum of isolated columns lacks that. Here two columns are averaged over
+their thermal motion together, in closed form as in `rings`, on a square grid. With W the waves of a core and M the mutual coherence of an atom's transmission less the product of its
+means, what an atom scatters diffusely is recorded as the form D(h) = M . h, point by point, of the waves that leave its core, and
+
+    h = E + sum_b T_b* D(h_b) T_b
+
+over the atoms b of both columns further down: T_b the path past mean atoms onto the core of b, E what the detector records behind the pair. Incident waves see the same
+sum. Waves up to `LIMIT` are followed; what an atom scatters further out goes straight to the detector. That makes an isolated column of twelve atoms of gold 2 % too bright; but
+isolated columns have libraries that are exact, and this serves the difference alone.
+
+Paths between atoms are those in two columns without ends, mixed with those in one where the other column is absent for a part of the way. Incident waves meet
+the columns as they are.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import scipy.fft
+from jaxtyping import Complex
+from scipy.interpolate import CubicSpline
+
+from .detector import AnnularDetector
+from .electron import wavelength
+from .gram import default_sampling
+from .multislice import transmission
+from .rings import prepare_scatterer, recorded_at_once
+from .specimen import Column, rms_from_debye_waller_b
+
+LIMIT = 3.4  # 1/Å; of the waves that are followed
+VACUUM = 8.0  # Å between a pair and its image in the next cell
+CORE = 0.7  # Å about an atom, within which it scatters diffusely
+FAINTEST = 0.02  # amplitude of a wave within the core, below which it is left out
+THERMAL_NODES = 7  # of each component of a displacement
+
+Numbers = tuple[int, ...]
+
+
+class Pair(NamedTuple):
+    """Two columns of the same crystal, along x about the middle of a square cell's corner, and what waves through them need.
+
+    Attributes
+    ----------
+    separation, spacing, wavelength, cell : float
+        [Å].
+    waves : (K, 2)
+        Incident plane waves, in units of 1 / cell.
+    jx, jy : (q,) int
+        Frequencies that are followed, in units of 1 / cell.
+    size : int
+        Pixels of the grid along each side: as many as carry an atom's transmission between any two of these.
+    atom : (y, x) complex64
+        Fourier transform of the mean transmission of an atom at the origin, less one.
+    core : (c, q) complex64
+        What waves amount to within the core of an atom at the origin, in few functions.
+    lift : (p, c)
+        These at the core's pixels.
+    coherence : (p, p)
+        Of the transmission, less the product of its means.
+    beyond : (c, c)
+        Form of what the atom scatters beyond `LIMIT` and the detector records.
+    detected : (q,)
+        Sensitivity.
+    """
+
+    separation: float
+    spacing: float
+    wavelength: float
+    cell: float
+    waves: np.ndarray
+    jx: np.ndarray
+    jy: np.ndarray
+    size: int
+    atom: np.ndarray
+    core: np.ndarray
+    lift: np.ndarray
+    coherence: np.ndarray
+    beyond: np.ndarray
+    detected: np.ndarray
+
+
+def prepare_pair(column: Column, energy: float, convergence_angle: float, detector: AnnularDetector, separation: float, parametrization: str = "lobato") -> Pair:
+    """Grids and operators for two columns at a distance [Å], of any number of atoms spaced as in `column`.
+
+    Parameters
+    ----------
+    energy, convergence_angle : float
+        [eV], [mrad].
+
+    Raises
+    ------
+    InputError
+        For a tilted column, or a detector that is not round.
+    """
+    lam = float(wavelength(energy))
+    aperture = convergence_angle * 1e-3 / lam
+    cell, limit = separation + VACUUM, max(LIMIT, 2 * aperture)
+    n = 2 * scipy.fft.next_fast_len(math.ceil(2 * limit * cell))
+    j = np.fft.fftfreq(n, 1 / n).round().astype(int)
+    radius = np.hypot(j, j[:, None]) / cell
+    jx, jy = (grid[radius < limit] for grid in np.meshgrid(j, j))
+    fine = scipy.fft.next_fast_len(math.ceil(cell / default_sampling(energy, detector.outermost, convergence_angle)))
+    still = np.asarray(transmission(np.zeros((1, 2)), column.element, (cell, cell), (fine, fine), energy, fine / cell / 3, parametrization))
+    spectrum = scipy.fft.fft2(still - 1, norm="forward")[np.ix_(j, j)] * (radius < 2 * limit)
+
+    x, y = (a.ravel() for a in np.meshgrid(np.arange(-n // 2, n // 2), np.arange(-n // 2, n // 2)))
+    near = np.hypot(x, y) * cell / n < CORE
+    x, y = x[near], y[near]
+    plane_waves = np.exp(2j * np.pi / n * (np.outer(x, jx) + np.outer(y, jy)))
+    functions, sizes, rows = np.linalg.svd(plane_waves, full_matrices=False)
+    kept = sizes > FAINTEST * sizes[0]
+    core = (sizes[:, None] * rows)[kept]
+    near = np.hypot(jx, jy) / cell < aperture + 0.5 / cell
+    to_mrad = 1e3 * lam / cell
+    return Pair(
+        separation, float(column.spacing), lam, cell, np.stack([jx[near], jy[near]], 1), jx, jy, n,
+        (spectrum * np.exp(-float(column.debye_waller_b) * radius**2 / 4)).astype(np.complex64), core.astype(np.complex64), functions[:, kept],
+        _coherence(spectrum, x, y, float(rms_from_debye_waller_b(column.debye_waller_b)) / cell), _beyond(column, energy, aperture, detector, parametrization, jx / cell, jy / cell, limit, core) / cell**2,
+        detector.sensitivity(jx * to_mrad, jy * to_mrad, to_mrad),
+    )  # fmt: skip
+
+
+def _coherence(spectrum: np.ndarray, x: np.ndarray, y: np.ndarray, rms: float) -> Complex[np.ndarray, "p p"]:
+    """Mutual coherence of an atom's transmission, from the spectrum of the still atom, at pixels x, y, less the product of its means; `rms` displacement over the cell."""
+    n = len(spectrum)
+    j = np.fft.fftfreq(n, 1 / n)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(THERMAL_NODES)
+    weights = weights / weights.sum()
+    wave = lambda place, node: np.exp(2j * np.pi * np.outer(place / n - rms * node, j))
+    across = [wave(x, node) for node in nodes]
+    rows = [wave(y, node) @ spectrum for node in nodes]
+    seen = np.array([(a * b).sum(1) for a in across for b in rows])
+    share = np.outer(weights, weights).ravel()
+    mean = share @ seen
+    return (seen.conj().T * share) @ seen - np.outer(mean.conj(), mean)
+
+
+def _beyond(column, energy, aperture, detector, parametrization, qx, qy, limit, core) -> Complex[np.ndarray, "c c"]:
+    """Form of the core's functions that the detector records of what one atom at the origin scatters beyond `limit`, diffusely and by its mean.
+
+    About the atom exp(2 pi i q.r) holds i^l exp(-i l phi_q) of what a wave along x holds of angular momentum l.
+    """
+    far = 1e3 * float(wavelength(energy)) * limit
+    edges = [(max(low, far), high) for low, high in detector.annuli if high > far]
+    if not edges:
+        return np.zeros((len(core), len(core)), complex)
+    outer = AnnularDetector(*zip(*edges, strict=True), detector.measured, detector.pixel_size)
+    atom = prepare_scatterer(column, energy, aperture, outer.edges, parametrization)
+    q, where = np.unique(np.round(np.hypot(qx, qy), 9), return_inverse=True)
+    phi, into_core = np.arctan2(qy, qx), np.linalg.pinv(core)
+    total = np.zeros((len(core), len(core)), complex)
+    cores = CubicSpline(atom.k, atom.core / atom.weight, axis=2)(q)
+    for l, (form, waves) in enumerate(zip(recorded_at_once(atom, outer, energy), cores, strict=True)):
+        if abs(waves).max() < 1e-4 * abs(cores).max():
+            continue  # these waves pass the core by
+        for sign in (1, -1) if l else (1,):
+            of_core = (waves[:, where] * (1j**l * np.exp(-1j * sign * l * phi))) @ into_core
+            total += of_core.conj().T @ form @ of_core
+    return total
+
+
+def _at(pair: Pair, x: float) -> Complex[np.ndarray, " q"]:
+    """Phases exp(-2 pi i q.r) that move what stands at the origin along x [Å]."""
+    return np.exp(-2j * np.pi * pair.jx * x / pair.cell).astype(np.complex64)
+
+
+def _transmitted(pair: Pair, places: Iterable[float]) -> Complex[np.ndarray, "y x"]:
+    """Mean transmission of a plane of atoms at these x [Å]."""
+    j = np.fft.fftfreq(pair.size, 1 / pair.size)
+    total = np.ones((pair.size, pair.size), np.complex64)
+    for x in places:
+        total = total * (1 + scipy.fft.ifft2(pair.atom * np.exp(-2j * np.pi * j * x / pair.cell).astype(np.complex64), norm="forward"))
+    return total
+
+
+def _flown(pair: Pair, waves: np.ndarray, distance: float) -> np.ndarray:
+    """Waves (q, w) after a flight [Å]."""
+    return waves * np.exp(-1j * np.pi * pair.wavelength * distance * (pair.jx**2 + pair.jy**2) / pair.cell**2).astype(np.complex64)[:, None]
+
+
+def _through(pair: Pair, waves: np.ndarray, plane: np.ndarray) -> np.ndarray:
+    """Waves (q, w) behind a plane (y, x), one by one."""
+    inside = (pair.jy % pair.size) * pair.size + pair.jx % pair.size
+    out, grid = np.empty_like(waves), np.zeros(pair.size**2, np.complex64)
+    for k in range(waves.shape[1]):
+        grid[:] = 0
+        grid[inside] = waves[:, k]
+        wave = scipy.fft.ifft2(grid.reshape(pair.size, -1), norm="forward")
+        wave *= plane
+        out[:, k] = scipy.fft.fft2(wave, norm="forward", overwrite_x=True).ravel()[inside]
+    return out
+
+
+def _recorded(pair: Pair, waves: np.ndarray) -> np.ndarray:
+    """Form (w, w) that the detector records of waves (q, w)."""
+    lit = pair.detected > 0
+    seen = np.sqrt(pair.detected[lit]).astype(np.float32)[:, None] * waves[lit]
+    return seen.conj().T @ seen
+
+
+class Paths(NamedTuple):
+    """Where waves of a core go in columns without ends.
+
+    Attributes
+    ----------
+    onto : list of (step, c, c)
+        For each column, amplitudes of the waves in the cores of its next atoms.
+    recorded : (step + 1, c, c)
+        By the detector, behind 0, 1, ... atoms of the core's own column.
+    """
+
+    onto: list
+    recorded: np.ndarray
+
+
+def paths(pair: Pair, columns: list[float], first: list[float], own: int, steps: int) -> Paths:
+    """Of a core of column `own`, for as many atoms of each column.
+
+    Parameters
+    ----------
+    columns, first : x of each column [Å], and how far below the core its next atom lies
+    """
+    cores = [pair.core * _at(pair, -x) for x in columns]
+    waves = cores[own].conj().T / np.float32(pair.size**2)
+    planes = sorted({round(z + i * pair.spacing, 3) for z in first for i in range(steps)})
+    onto, recorded, depth = [[] for _ in columns], [_recorded(pair, waves)], 0.0
+    for z in planes:
+        here = [c for c, start in enumerate(first) if abs((z - start) / pair.spacing - round((z - start) / pair.spacing)) < 1e-3 and start - 1e-3 < z < start + (steps - 0.5) * pair.spacing]
+        waves = _flown(pair, waves, z - depth)
+        for c in here:
+            onto[c].append(cores[c] @ waves)
+        waves, depth = _through(pair, waves, _transmitted(pair, [columns[c] for c in here])), z
+        if own in here:
+            recorded.append(_recorded(pair, waves))
+    return Paths([np.array(o) for o in onto], np.array(recorded))
+
+
+class Between(NamedTuple):
+    """All paths within a pair: of each column alone, and of both, whose heights differ by `below` and any number of spacings."""
+
+    alone: Paths
+    both: list[Paths]
+
+
+def between(pair: Pair, below: float, steps: int, alone: Paths | None = None) -> Between:
+    """Paths within a pair whose second column is `below` the first [Å], over as many atoms; those of one `alone` may be given."""
+    half, gap = pair.separation / 2, below % pair.spacing
+    gap = gap if gap > 1e-3 else pair.spacing
+    rest = pair.spacing - gap if gap < pair.spacing - 1e-3 else pair.spacing
+    alone = paths(pair, [0.0], [pair.spacing], 0, steps) if alone is None else alone
+    return Between(alone, [paths(pair, [-half, half], [pair.spacing, gap], 0, steps), paths(pair, [-half, half], [rest, pair.spacing], 1, steps)])
+
+
+def forms(pair: Pair, within: Between, tops: list[float], numbers: Numbers) -> list[list[np.ndarray]]:
+    """Form (c, c) of every atom's diffuse scattering, for each column from the top down; of one column, or of two whose tops are given [Å]."""
+    atoms = sorted([(top + i * pair.spacing, c, i) for c, (top, n) in enumerate(zip(tops, numbers, strict=True)) for i in range(n)], reverse=True)
+    ends = [(top, top + (n - 1) * pair.spacing) for top, n in zip(tops, numbers, strict=True)]
+    found = [[np.zeros(0)] * n for n in numbers]
+    for z, c, i in atoms:
+        left, other = numbers[c] - 1 - i, 1 - c
+        both, alone = within.both[c], within.alone
+
+        def shared(end, z=z, other=other):
+            """Share of the way down to `end` along which the other column goes."""
+            if len(numbers) == 1 or numbers[other] == 0:
+                return 0.0
+            low, high = ends[other][0] - pair.spacing / 2, ends[other][1] + pair.spacing / 2
+            return max(0.0, min(end, high) - max(z, low)) / (end - z) if end > z else 0.0
+
+        mixed = lambda one, two, share: one + share * (two - one) if share else one
+        form = mixed(alone.recorded[left], both.recorded[left], shared(z + left * pair.spacing))
+        for s in range(1, left + 1):
+            path = mixed(alone.onto[0][s - 1], both.onto[c][s - 1], shared(z + s * pair.spacing))
+            form = form + path.conj().T @ found[c][i + s] @ path
+        if len(numbers) == 2:
+            lower = [k for k in range(numbers[other]) if tops[other] + k * pair.spacing > z + 1e-3]
+            first = both.onto[other]
+            skipped = 0 if not lower else max(0, round((tops[other] + lower[0] * pair.spacing - z) / pair.spacing - 0.51))
+            for s, k in enumerate(lower, skipped):
+                form = form + first[s].conj().T @ found[other][k] @ first[s]
+        diffuse = pair.coherence * (pair.lift @ form @ pair.lift.conj().T)
+        found[c][i] = pair.lift.conj().T @ diffuse @ pair.lift + pair.beyond
+    return found
+
+
+def grams(pair: Pair, within: Between, columns: list[tuple[float, float]], wanted: Iterable[Numbers]) -> dict[Numbers, Complex[np.ndarray, "K K"]]:
+    """Gram matrices, as `particle.particle_gram`, of columns side by side, by their numbers of atoms.
+
+    Parameters
+    ----------
+    columns : list of (x, z)
+        Of the top atom of each [Å].
+    wanted : iterable of tuples
+        How many atoms each column has; what they share from the top is done once.
+    """
+    planes = {numbers: _planes(pair, columns, numbers) for numbers in wanted}
+    of_atoms = {numbers: forms(pair, within, [z for _, z in columns], numbers) for numbers in planes}
+    slices = {here: _transmitted(pair, [columns[c][0] for c in here]) for here in {tuple(c for c, _ in here) for p in planes.values() for _, here in p}}
+    cores = [pair.core * _at(pair, -x) for x, _ in columns]
+    found = {}
+
+    def descend(waves, amplitudes, z, some):
+        """`waves` (q, K) behind the planes of the atoms in `amplitudes`, which `some` of those wanted share."""
+        step = len(amplitudes)
+        for numbers in [n for n in some if len(planes[n]) == step]:
+            total = _recorded(pair, waves)
+            for (_, here), seen in zip(planes[numbers], amplitudes, strict=True):
+                for (c, i), amplitude in zip(here, seen, strict=True):
+                    total = total + amplitude.conj().T @ (of_atoms[numbers][c][i].astype(np.complex64) @ amplitude)
+            found[numbers] = total
+        following = {}
+        for numbers in some:
+            if len(planes[numbers]) > step:
+                following.setdefault(planes[numbers][step], []).append(numbers)
+        for (depth, here), others in following.items():
+            arrived = _flown(pair, waves, depth - z)
+            seen = [cores[c] @ arrived for c, _ in here]
+            descend(_through(pair, arrived, slices[tuple(c for c, _ in here)]), [*amplitudes, seen], depth, others)
+
+    start = (pair.jx[:, None] == pair.waves[:, 0]) & (pair.jy[:, None] == pair.waves[:, 1])
+    descend(start.astype(np.complex64), [], 0.0, list(planes))
+    return found
+
+
+def _planes(pair: Pair, columns: list[tuple[float, float]], numbers: Numbers) -> list:
+    """Depth of each plane, and the (column, atom) in it."""
+    held: dict[float, list] = {}
+    for c, ((_, top), n) in enumerate(zip(columns, numbers, strict=True)):
+        for i in range(n):
+            held.setdefault(round(top + i * pair.spacing, 3), []).append((c, i))
+    return [(depth, tuple(held[depth])) for depth in sorted(held)]
+
+
+def moved(gram: Complex[np.ndarray, "K K"], pair: Pair, x: float, z: float) -> Complex[np.ndarray, "K K"]:
+    """The Gram matrix of what is moved along x and down by z [Å]."""
+    phase = np.exp(2j * np.pi * pair.waves[:, 0] * x / pair.cell - 1j * np.pi * pair.wavelength * (pair.waves**2).sum(1) / pair.cell**2 * z)
+    return phase.conj()[:, None] * gram * phase
+
+
+def crosstalk(pair: Pair, within: Between, below: float, wanted: Iterable[tuple[int, int]], alone: dict[Numbers, np.ndarray]) -> dict[tuple[int, int], Complex[np.ndarray, "K K"]]:
+    """Gram matrices of pairs less those of their columns, by the numbers of atoms.
+
+    The first column stands at x = -separation / 2 with its top atom at z = 0, the second at +separation / 2 with its top `below` [Å].
+
+    Parameters
+    ----------
+    alone : dict
+        `grams` of one column at x = 0 and z = 0, of all numbers of atoms that occur.
+    """
+    half = pair.separation / 2
+    both = grams(pair, within, [(-half, 0.0), (half, below)], wanted)
+    return {n: whole - moved(alone[n[:1]], pair, -half, 0.0) - moved(alone[n[1:]], pair, half, below) for n, whole in both.items()}

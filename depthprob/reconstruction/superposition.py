@@ -1,0 +1,230 @@
+"""What a sum of isolated columns lacks at an estimate, pair by pair of neighbours, and how far all parameters follow."""
+
+import dataclasses
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from ..config import Config
+from ..inference.arrow import ArrowFactor
+from ..inference.likelihood import field_of, from_vector, to_vector
+from ..physics import crosstalk
+from ..physics.focal_series import counts_per_fraction, defocus_minus_depth
+from ..physics.gram import has_full_symmetry
+from ..physics.particle import focal_spectra
+from ..storage import load_checkpoint, save_arrays
+from .joint import JointFit
+from .libraries import FORMAT, cache_folder, column_of, detector_of, microscope_of
+
+THICK = 0.25  # of the way to its neighbours that the beam spreads within a column, from where a pair matters
+BEYOND = 1.7  # Å from where the beam's spread ends that a neighbour still matters: columns 2.9 Å apart do a tenth of what those 2.0 Å apart do
+ALIKE = 0.3  # Å between distances that are two, and not one with noise
+FAINTEST = 1e-4  # of the largest eigenvalue of a pair's matrix, below which others are left out
+UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 12 to 20 atoms of gold
+
+
+class Owed(NamedTuple):
+    """What the sum of isolated columns lacks, and what has come of it.
+
+    Attributes
+    ----------
+    change : (F, ny, nx) float32, or zero
+        Expected counts.
+    shift : (P,)
+        Of the free parameters that it has caused.
+    depth, depth_sd : (C,)
+        The part of it that is depths, and what is not known of it [Å].
+    pairs : int
+    """
+
+    change: np.ndarray
+    shift: np.ndarray
+    depth: np.ndarray
+    depth_sd: np.ndarray
+    pairs: int
+
+
+class Neighbours(NamedTuple):
+    """Pairs of columns alike but for their place and numbers of atoms: the first of each has the higher top.
+
+    Attributes
+    ----------
+    separation, below, spacing : float
+        [Å]; the second's top is `below` the first's, and atoms of a column are `spacing` apart.
+    members : (m, 2) int
+    """
+
+    separation: float
+    below: float
+    spacing: float
+    members: np.ndarray
+
+
+def spread(n_atoms: np.ndarray, spacing: float, angle: float) -> np.ndarray:
+    """How far [Å] a beam of semi-angle `angle` [mrad] that is in focus in the middle of a column spreads to its ends."""
+    return 1e-3 * angle * n_atoms * spacing / 2
+
+
+def neighbours(positions: np.ndarray, tops: np.ndarray, n_atoms: np.ndarray, spacing: float, angle: float, box: np.ndarray | None = None) -> list[Neighbours]:
+    """Pairs near enough to matter, by distance and height; heights to half an atom's spacing.
+
+    Parameters
+    ----------
+    positions : (C, 2), tops : (C,)
+        [Å].
+    box : (Lx, Ly), optional
+        Of a periodic field.
+    """
+    wide = spread(n_atoms, spacing, angle)
+    tree = cKDTree(positions if box is None else np.mod(positions, box), boxsize=box)
+    pairs = tree.query_pairs(2 * BEYOND + wide.max(), output_type="ndarray").reshape(-1, 2)
+    distance = np.hypot(*_across(positions, pairs, box).T)
+    within = np.minimum(wide[pairs[:, 0]], wide[pairs[:, 1]])
+    near = (distance < within + 2 * BEYOND - 0.9) & (within > 0)
+    pairs, distance = pairs[near], distance[near]
+    order = np.argsort(distance)
+    found = []
+    for alike in np.split(order, np.flatnonzero(np.diff(distance[order]) > ALIKE) + 1) if len(order) else []:
+        below = np.round((tops[pairs[alike, 1]] - tops[pairs[alike, 0]]) / spacing * 2) / 2 * spacing
+        first_on_top = np.where((below < 0)[:, None], pairs[alike, ::-1], pairs[alike])
+        separation = round(float(np.median(distance[alike])), 2)
+        found += [Neighbours(separation, float(b), spacing, first_on_top[abs(below) == b]) for b in np.unique(abs(below))]
+    return found
+
+
+def _across(positions: np.ndarray, pairs: np.ndarray, box: np.ndarray | None) -> np.ndarray:
+    """From the first to the second of each pair, the short way (m, 2) [Å]."""
+    steps = positions[pairs[:, 1]] - positions[pairs[:, 0]]
+    return steps if box is None else steps - np.round(steps / box) * box
+
+
+class PairGram(NamedTuple):
+    """What a pair lacks: sum of values times vectors, for waves in units of 1 / cell."""
+
+    values: np.ndarray
+    vectors: np.ndarray
+    waves: np.ndarray
+    cell: float
+
+    @property
+    def matrix(self) -> np.ndarray:
+        return (self.vectors * self.values) @ self.vectors.conj().T
+
+
+def pair_grams(config: Config, group: Neighbours, numbers: set[tuple[int, int]], steps: int, shared: dict) -> dict[tuple[int, int], PairGram]:
+    """What pairs of these numbers of atoms lack, from the cache or found now and kept there; paths are followed past `steps` atoms.
+
+    `shared` holds what groups of one separation have in common.
+    """
+    column, detector, lens = column_of(config, 1), detector_of(config), microscope_of(config)
+    settings = {"crosstalk": FORMAT, "element": column.element, "parametrization": config.simulation.parametrization, **detector.record} | {
+        name: round(float(value), 6)
+        for name, value in (("energy", lens.energy), ("angle", lens.convergence_angle), ("spacing", column.spacing), ("b", column.debye_waller_b), ("separation", group.separation), ("below", group.below))
+    }
+    path = cache_folder() / f"pairs_{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}.npz"
+    kept = load_checkpoint(path)
+    name = lambda pair: f"{pair[0]}_{pair[1]}"
+    missing = {pair for pair in numbers if f"values_{name(pair)}" not in kept}
+    if missing:
+        if group.separation not in shared:
+            model = crosstalk.prepare_pair(column, float(lens.energy), float(lens.convergence_angle), detector, group.separation, config.simulation.parametrization)
+            shared[group.separation] = (model, {}, {})
+        model, betweens, alone = shared[group.separation]
+        stagger = round(group.below % group.spacing, 3)
+        if stagger not in betweens:
+            betweens[stagger] = crosstalk.between(model, group.below, steps, next((b.alone for b in betweens.values()), None))
+        alone |= crosstalk.grams(model, betweens[stagger], [(0.0, 0.0)], {(n,) for pair in missing for n in pair} - set(alone))
+        for pair, gram in crosstalk.crosstalk(model, betweens[stagger], group.below, missing, alone).items():
+            values, vectors = np.linalg.eigh(gram)
+            strong = abs(values) > FAINTEST * abs(values).max()
+            kept |= {f"values_{name(pair)}": values[strong], f"vectors_{name(pair)}": vectors[:, strong].astype(np.complex64)}
+        kept |= {"waves": model.waves, "cell": model.cell}
+        save_arrays(path, **kept)
+    return {pair: PairGram(kept[f"values_{name(pair)}"], kept[f"vectors_{name(pair)}"], kept["waves"], float(kept["cell"])) for pair in numbers}
+
+
+def lacking(joint: JointFit, config: Config, progress: Callable = lambda items, **_: items) -> tuple[np.ndarray, int]:
+    """What the sum of isolated columns lacks of the expected counts (F, ny, nx) at an estimate, and the number of pairs that it comes of."""
+    problem, series, lens = joint.problem, joint.problem.series, microscope_of(config)
+    field = field_of(joint.estimate.parameters, problem.n_atoms)
+    positions, depths, n = np.asarray(field.positions), np.asarray(field.depths), np.asarray(field.n_atoms)
+    spacing, box = problem.library.spacing, np.array(series.shape[::-1]) * series.pixel_size if series.periodic else None
+    foci = np.asarray(defocus_minus_depth(field, series))[0] + depths[0]
+    tops = depths - (n - 1) / 2 * spacing
+    groups = neighbours(positions, tops, n, spacing, float(lens.convergence_angle), box)
+    steps = int(n.max() + max((g.below for g in groups), default=0.0) / spacing) + 2
+    change, shared = np.zeros((len(foci), *series.shape)), {}
+    for group in progress(groups, desc="pairs of neighbours", unit="kind"):
+        alike = defaultdict(list)
+        for i, j in group.members:
+            alike[int(n[i]), int(n[j])].append((i, j))
+        for numbers, gram in pair_grams(config, group, set(alike), steps, shared).items():
+            for pair in alike[numbers]:
+                (step,) = _across(positions, np.array([pair]), box)
+                top = np.mean([tops[pair[0]], tops[pair[1]] - group.below])
+                spectra, qx, qy = focal_spectra(gram.matrix, gram.waves, (gram.cell,) * 2, lens, foci - top, float(np.arctan2(step[1], step[0])))
+                _paint(change, spectra, qx, qy, step, positions[pair[0]] + step / 2 + np.asarray(field.image_shifts), gram.cell / 2, series.pixel_size, series.periodic)
+    return change * np.asarray(counts_per_fraction(series)) * np.asarray(field.gain)[:, None, None], sum(len(g.members) for g in groups)
+
+
+def _paint(change: np.ndarray, spectra: np.ndarray, qx: np.ndarray, qy: np.ndarray, along: np.ndarray, middle: np.ndarray, radius: float, pixel: float, periodic: bool) -> None:
+    """Add images of these spectra, their x turned `along` a direction (2,), about the middle (F, 2) of each image [Å]."""
+    qx, qy = np.meshgrid(qx, qy)
+    half = (qx > 0) | ((qx == 0) & (qy >= 0))
+    c, s = along / np.hypot(*along)
+    qx, qy, part = (c * qx - s * qy)[half], (s * qx + c * qy)[half], spectra[:, half] * np.where((qx == 0) & (qy == 0), 1.0, 2.0)[half]
+    seen = abs(part).max(0) > 1e-4 * abs(part).max()
+    qx, qy, part = qx[seen], qy[seen], part[:, seen]
+    centre = middle.mean(0)
+    first = np.floor((centre - radius) / pixel).astype(int)
+    at = first + np.arange(int(2 * radius / pixel) + 2)[:, None]
+    x, y = (at * pixel - centre).T
+    disc = np.hypot(x, y[:, None]) < radius
+    across, down = (np.exp(2j * np.pi * np.outer(q, r)).astype(np.complex64) for q, r in ((qx, x), (qy, y)))
+    size = np.array(change.shape[:0:-1])
+    inside = np.ones_like(at, bool) if periodic else (at >= 0) & (at < size)
+    columns, rows = (np.mod(at[:, k], size[k])[inside[:, k]] for k in (0, 1))
+    for image, spectrum, place in zip(change, part, middle - centre, strict=True):
+        moved = (spectrum * np.exp(-2j * np.pi * (qx * place[0] + qy * place[1]))).astype(np.complex64)
+        drawn = ((down * moved[:, None]).T @ across).real * disc
+        np.add.at(image, np.ix_(rows, columns), drawn[np.ix_(inside[:, 1], inside[:, 0])])
+
+
+def owed(joint: JointFit, config: Config, progress: Callable = lambda items, **_: items) -> Owed:
+    """What the estimate owes to superposition, to first order; nothing where the config or the field does not ask for it.
+
+    With c what the expected counts lack, J their derivatives by the parameters, W their precision and C the parameters' covariance, the fit has put C J^T W c
+    too much into the parameters.
+    """
+    problem, estimate = joint.problem, joint.estimate
+    n, positions = np.asarray(problem.n_atoms), np.stack([estimate.parameters["x"], estimate.parameters["y"]], 1)
+    thick = is_thick(n, positions, problem.library.spacing, config.microscope.convergence_angle_mrad).any()
+    known = has_full_symmetry(column_of(config, 1), detector_of(config)) and len(n) > 1
+    if not known or config.inference.superposition == "plain" or (config.inference.superposition == "auto" and not thick):
+        return Owed(np.float32(0.0), np.zeros(len(estimate.names)), np.zeros(len(n)), np.zeros(len(n)), 0)
+    change, pairs = lacking(joint, config, progress)
+    information = joint.reader.information_along(estimate.parameters, problem, change[None])[:, 0]
+    factor = estimate.factor
+    shift = factor.solve(information) if isinstance(factor, ArrowFactor) else factor @ (factor.T @ information)
+    depth = shift[: len(n)]
+    return Owed(change.astype(np.float32), shift, depth, UNSURE * abs(depth), pairs)
+
+
+def paid(joint: JointFit, owed: Owed) -> JointFit:
+    """The fit less what superposition has put into its parameters, and the counts less what it lacks: for them the same model is right."""
+    problem, estimate = dataclasses.replace(joint.problem, counts=joint.problem.counts - owed.change), joint.estimate
+    moved = estimate.parameters | {name: value for name, value in from_vector(to_vector(estimate.parameters, problem) - owed.shift, problem).items() if name in problem.free}
+    return joint._replace(problem=problem, estimate=estimate._replace(parameters=moved))
+
+
+def is_thick(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float) -> np.ndarray:
+    """Columns (C,) in which the beam spreads by a quarter of the way to the nearest neighbour."""
+    if len(positions) < 2:
+        return np.zeros(len(positions), bool)
+    nearest = cKDTree(positions).query(positions, 2)[0][:, 1]
+    return spread(n_atoms, spacing, angle) > THICK * nearest
