@@ -13,6 +13,7 @@ from depthprob.config import Config, config_from_dict
 from depthprob.inference import likelihood, local
 from depthprob.inference.likelihood import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries
+from depthprob.physics.optics import Microscope
 from depthprob.reconstruction import superposition
 from depthprob.reconstruction.joint import JointFit
 
@@ -42,6 +43,16 @@ def test_neighbours_across_the_edge_of_a_periodic_field_are_found():
     kinds = lambda box: superposition.neighbours(places, np.zeros(2), np.full(2, 12), 4.08, 21.0, box)
     assert kinds(None) == [] and len(kinds(np.array([12.0, 12.0]))) == 1
     assert superposition._across(places, np.array([[0, 1]]), np.array([12.0, 12.0])) == pytest.approx(np.array([[-2.2, 0.0]]))
+
+
+def test_images_of_many_pairs_are_those_of_each():
+    rng, waves = np.random.default_rng(0), np.stack(np.mgrid[-11:12, -11:12], -1).reshape(-1, 2)
+    waves = waves[np.hypot(*waves.T) < 11.2]
+    gram = superposition.PairGram(np.array([1.0, -0.5]), rng.normal(size=(len(waves), 2)) + 1j * rng.normal(size=(len(waves), 2)), waves, 10.0)
+    lens, planes = Microscope(300e3, 21.0, source_fwhm=0.7), np.linspace(-203.0, 203.0, 41) + rng.uniform(-5, 5, (4, 1))
+    series = lambda planes: [np.fft.fft2(own) for own in superposition._spectra(gram, lens, planes, np.zeros(len(planes)))[0]]
+    for together, (alone,) in zip(series(planes), (series(own[None]) for own in planes), strict=True):
+        assert abs(together - alone).max() < 1e-4 * abs(alone).max()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from scipy.interpolate import CubicSpline
 from scipy.spatial import cKDTree
 
 from ..config import Config
@@ -16,6 +17,8 @@ from ..inference.likelihood import field_of, from_vector, to_vector
 from ..physics import crosstalk
 from ..physics.focal_series import counts_per_fraction, defocus_minus_depth
 from ..physics.gram import has_full_symmetry
+from ..physics.library import is_round
+from ..physics.optics import Microscope
 from ..physics.particle import focal_spectra
 from ..storage import load_checkpoint, save_arrays
 from .joint import JointFit
@@ -25,6 +28,7 @@ THICK = 0.25  # of the way to its neighbours that the beam spreads within a colu
 BEYOND = 1.7  # Å from where the beam's spread ends that a neighbour still matters: columns 2.9 Å apart do a tenth of what those 2.0 Å apart do
 ALIKE = 0.3  # Å between distances that are two, and not one with noise
 FAINTEST = 1e-4  # of the largest eigenvalue of a pair's matrix, below which others are left out
+PLANES = 10.0  # Å between planes that images of pairs are interpolated from
 UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 12 to 20 atoms of gold
 
 
@@ -164,12 +168,27 @@ def lacking(joint: JointFit, config: Config, progress: Callable = lambda items, 
         for i, j in group.members:
             alike[int(n[i]), int(n[j])].append((i, j))
         for numbers, gram in pair_grams(config, group, set(alike), steps, shared).items():
-            for pair in alike[numbers]:
-                (step,) = _across(positions, np.array([pair]), box)
-                top = np.mean([tops[pair[0]], tops[pair[1]] - group.below])
-                spectra, qx, qy = focal_spectra(gram.matrix, gram.waves, (gram.cell,) * 2, lens, foci - top, float(np.arctan2(step[1], step[0])))
-                _paint(change, spectra, qx, qy, step, positions[pair[0]] + step / 2 + np.asarray(field.image_shifts), gram.cell / 2, series.pixel_size, series.periodic)
+            pairs = np.array(alike[numbers])
+            steps_across, highest = _across(positions, pairs, box), (tops[pairs[:, 0]] + tops[pairs[:, 1]] - group.below) / 2
+            spectra, qx, qy = _spectra(gram, lens, foci - highest[:, None], np.arctan2(*steps_across.T[::-1]))
+            for pair, step, own in zip(pairs, steps_across, spectra, strict=True):
+                _paint(change, own, qx, qy, step, positions[pair[0]] + step / 2 + np.asarray(field.image_shifts), gram.cell / 2, series.pixel_size, series.periodic)
     return change * np.asarray(counts_per_fraction(series)) * np.asarray(field.gain)[:, None, None], sum(len(g.members) for g in groups)
+
+
+def _spectra(gram: PairGram, lens: Microscope, planes: np.ndarray, turns: np.ndarray):
+    """Fourier coefficients (m, F, y, x) of pairs seen with the crossover in `planes` (m, F) [Å] below their tops, turned by angles (m,) [rad]; and their frequencies.
+
+    Those of many pairs under a round lens are interpolated between planes `PLANES` apart, to 1e-4 of the largest pixel.
+    """
+    seen = lambda planes, turn: focal_spectra(gram.matrix, gram.waves, (gram.cell,) * 2, lens, planes, float(turn))
+    grid = np.arange(planes.min() - PLANES, planes.max() + 2 * PLANES, PLANES)
+    if is_round(lens) and len(grid) < planes.size:
+        spectra, qx, qy = seen(grid, 0.0)
+        spline = CubicSpline(grid, spectra)
+        return (spline(own) for own in planes), qx, qy
+    _, qx, qy = seen(planes[0, :0], 0.0)
+    return (seen(own, turn)[0] for own, turn in zip(planes, turns, strict=True)), qx, qy
 
 
 def _paint(change: np.ndarray, spectra: np.ndarray, qx: np.ndarray, qy: np.ndarray, along: np.ndarray, middle: np.ndarray, radius: float, pixel: float, periodic: bool) -> None:
