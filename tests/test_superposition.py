@@ -16,8 +16,10 @@ from depthprob.physics.focal_series import Field, FocalSeries
 from depthprob.physics.optics import Microscope
 from depthprob.reconstruction import superposition
 from depthprob.reconstruction.joint import JointFit
+from depthprob.reconstruction.libraries import column_geometry
 
 pytestmark = pytest.mark.usefixtures("double_precision")
+GOLD = column_geometry(Config())
 HERE = Path(__file__).parent
 FOCI = np.arange(-80.0, 81.0, 20.0)
 
@@ -31,16 +33,16 @@ def test_neighbours_of_one_distance_and_height_are_of_one_kind():
     places, depths = spaced(3, 2.04)
     noise = np.random.default_rng(0)
     n = np.full(9, 12)
-    kinds = superposition.neighbours(places + 0.03 * noise.normal(size=places.shape), depths + 0.2 * noise.normal(size=9) - 11 / 2 * 4.08, n, 4.08, 21.0)
+    kinds = superposition.neighbours(places + 0.03 * noise.normal(size=places.shape), depths + 0.2 * noise.normal(size=9) - 11 / 2 * 4.08, n, GOLD, 21.0)
     near, far = kinds
-    assert (near.separation, near.below, len(near.members)) == (pytest.approx(2.04, abs=0.03), 2.04, 12)
-    assert (far.separation, far.below, len(far.members)) == (pytest.approx(2.885, abs=0.03), 0.0, 8)
+    assert (near.separation, near.below, len(near.members)) == (2.04, 2.04, 12)
+    assert (far.separation, far.below, len(far.members)) == (2.885, 0.0, 8)
     assert np.all(depths[near.members[:, 1]] > depths[near.members[:, 0]])
 
 
 def test_neighbours_across_the_edge_of_a_periodic_field_are_found():
     places = np.array([[0.1, 5.0], [9.9, 5.0]])
-    kinds = lambda box: superposition.neighbours(places, np.zeros(2), np.full(2, 12), 4.08, 21.0, box)
+    kinds = lambda box: superposition.neighbours(places, np.zeros(2), np.full(2, 12), GOLD, 21.0, box)
     assert kinds(None) == [] and len(kinds(np.array([12.0, 12.0]))) == 1
     assert superposition._across(places, np.array([[0, 1]]), np.array([12.0, 12.0])) == pytest.approx(np.array([[-2.2, 0.0]]))
 

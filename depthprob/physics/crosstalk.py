@@ -139,7 +139,7 @@ def _coherence(spectrum: np.ndarray, x: np.ndarray, y: np.ndarray, rms: float) -
 
 
 def _beyond(column, energy, aperture, detector, parametrization, qx, qy, limit, core) -> Complex[np.ndarray, "c c"]:
-    """Form of the core's functions that the detector records of what one atom at the origin scatters beyond `limit`, diffusely and by its mean.
+    """Form of the core's functions that the detector records of what one atom at the origin scatters diffusely beyond `limit` [1/Å]; its mean scatters little there.
 
     About the atom exp(2 pi i q.r) holds i^l exp(-i l phi_q) of what a wave along x holds of angular momentum l.
     """

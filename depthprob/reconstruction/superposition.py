@@ -22,11 +22,11 @@ from ..physics.optics import Microscope
 from ..physics.particle import focal_spectra
 from ..storage import load_checkpoint, save_arrays
 from .joint import JointFit
-from .libraries import FORMAT, cache_folder, column_of, detector_of, microscope_of
+from .lattice import CrystalColumns
+from .libraries import FORMAT, cache_folder, column_geometry, column_of, detector_of, microscope_of
 
 THICK = 0.25  # of the way to its neighbours that the beam spreads within a column, from where a pair matters
-BEYOND = 1.7  # Å from where the beam's spread ends that a neighbour still matters: columns 2.9 Å apart do a tenth of what those 2.0 Å apart do
-ALIKE = 0.3  # Å between distances that are two, and not one with noise
+BEYOND = 2.5  # Å beyond the beam's spread that a neighbour still matters: columns 2.9 Å apart do a tenth of what those 2.0 Å apart do, those 4.1 Å apart nothing
 FAINTEST = 1e-4  # of the largest eigenvalue of a pair's matrix, below which others are left out
 PLANES = 10.0  # Å between planes that images of pairs are interpolated from
 UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 12 to 20 atoms of gold
@@ -58,14 +58,13 @@ class Neighbours(NamedTuple):
 
     Attributes
     ----------
-    separation, below, spacing : float
-        [Å]; the second's top is `below` the first's, and atoms of a column are `spacing` apart.
+    separation, below : float
+        [Å]; the second's top is `below` the first's.
     members : (m, 2) int
     """
 
     separation: float
     below: float
-    spacing: float
     members: np.ndarray
 
 
@@ -74,8 +73,8 @@ def spread(n_atoms: np.ndarray, spacing: float, angle: float) -> np.ndarray:
     return 1e-3 * angle * n_atoms * spacing / 2
 
 
-def neighbours(positions: np.ndarray, tops: np.ndarray, n_atoms: np.ndarray, spacing: float, angle: float, box: np.ndarray | None = None) -> list[Neighbours]:
-    """Pairs near enough to matter, by distance and height; heights to half an atom's spacing.
+def neighbours(positions: np.ndarray, tops: np.ndarray, n_atoms: np.ndarray, geometry: CrystalColumns, angle: float, box: np.ndarray | None = None) -> list[Neighbours]:
+    """Pairs near enough to matter, by the crystal's distance next to theirs, and by their heights to half an atom's spacing.
 
     Parameters
     ----------
@@ -84,21 +83,26 @@ def neighbours(positions: np.ndarray, tops: np.ndarray, n_atoms: np.ndarray, spa
     box : (Lx, Ly), optional
         Of a periodic field.
     """
-    wide = spread(n_atoms, spacing, angle)
+    wide = spread(n_atoms, geometry.spacing, angle)
     tree = cKDTree(positions if box is None else np.mod(positions, box), boxsize=box)
-    pairs = tree.query_pairs(2 * BEYOND + wide.max(), output_type="ndarray").reshape(-1, 2)
+    pairs = tree.query_pairs(BEYOND + wide.max(), output_type="ndarray").reshape(-1, 2)
     distance = np.hypot(*_across(positions, pairs, box).T)
-    within = np.minimum(wide[pairs[:, 0]], wide[pairs[:, 1]])
-    near = (distance < within + 2 * BEYOND - 0.9) & (within > 0)
-    pairs, distance = pairs[near], distance[near]
-    order = np.argsort(distance)
-    found = []
-    for alike in np.split(order, np.flatnonzero(np.diff(distance[order]) > ALIKE) + 1) if len(order) else []:
-        below = np.round((tops[pairs[alike, 1]] - tops[pairs[alike, 0]]) / spacing * 2) / 2 * spacing
-        first_on_top = np.where((below < 0)[:, None], pairs[alike, ::-1], pairs[alike])
-        separation = round(float(np.median(distance[alike])), 2)
-        found += [Neighbours(separation, float(b), spacing, first_on_top[abs(below) == b]) for b in np.unique(abs(below))]
-    return found
+    near = distance < BEYOND + wide[pairs].min(1)
+    pairs = pairs[near]
+    of_crystal = distances(geometry)
+    separation = of_crystal[np.argmin(abs(distance[near, None] - of_crystal), 1)]
+    below = np.round((tops[pairs[:, 1]] - tops[pairs[:, 0]]) / geometry.spacing * 2) / 2 * geometry.spacing
+    first_on_top = np.where((below < 0)[:, None], pairs[:, ::-1], pairs)
+    kind, of_kind = np.unique(np.stack([separation, abs(below)], 1).round(3), axis=0, return_inverse=True)
+    return [Neighbours(float(s), float(b), first_on_top[of_kind.ravel() == k]) for k, (s, b) in enumerate(kind)]
+
+
+def distances(geometry: CrystalColumns) -> np.ndarray:
+    """Between columns of a crystal, ascending, as far as a few columns [Å]."""
+    steps = np.stack(np.meshgrid(*[np.arange(-4, 5)] * 2), -1).reshape(-1, 1, 2)
+    apart = (geometry.sites[:, None] - geometry.sites).reshape(1, -1, 2)
+    found = np.unique(np.hypot(*((steps + apart) @ geometry.basis).reshape(-1, 2).T).round(3))
+    return found[found > 0.1]
 
 
 def _across(positions: np.ndarray, pairs: np.ndarray, box: np.ndarray | None) -> np.ndarray:
@@ -139,7 +143,7 @@ def pair_grams(config: Config, group: Neighbours, numbers: set[tuple[int, int]],
             model = crosstalk.prepare_pair(column, float(lens.energy), float(lens.convergence_angle), detector, group.separation, config.simulation.parametrization)
             shared[group.separation] = (model, {}, {})
         model, betweens, alone = shared[group.separation]
-        stagger = round(group.below % group.spacing, 3)
+        stagger = round(group.below % float(column.spacing), 3)
         if stagger not in betweens:
             betweens[stagger] = crosstalk.between(model, group.below, steps, next((b.alone for b in betweens.values()), None))
         alone |= crosstalk.grams(model, betweens[stagger], [(0.0, 0.0)], {(n,) for pair in missing for n in pair} - set(alone))
@@ -157,10 +161,11 @@ def lacking(joint: JointFit, config: Config, progress: Callable = lambda items, 
     problem, series, lens = joint.problem, joint.problem.series, microscope_of(config)
     field = field_of(joint.estimate.parameters, problem.n_atoms)
     positions, depths, n = np.asarray(field.positions), np.asarray(field.depths), np.asarray(field.n_atoms)
-    spacing, box = problem.library.spacing, np.array(series.shape[::-1]) * series.pixel_size if series.periodic else None
+    geometry, box = column_geometry(config), np.array(series.shape[::-1]) * series.pixel_size if series.periodic else None
+    spacing = geometry.spacing
     foci = np.asarray(defocus_minus_depth(field, series))[0] + depths[0]
     tops = depths - (n - 1) / 2 * spacing
-    groups = neighbours(positions, tops, n, spacing, float(lens.convergence_angle), box)
+    groups = neighbours(positions, tops, n, geometry, float(lens.convergence_angle), box)
     steps = int(n.max() + max((g.below for g in groups), default=0.0) / spacing) + 2
     change, shared = np.zeros((len(foci), *series.shape)), {}
     for group in progress(groups, desc="pairs of neighbours", unit="kind"):
