@@ -141,7 +141,9 @@ def test_columns_too_thick_for_superposition_are_counted():
 def test_corrected_columns_are_told_by_how_much_and_small_corrections_are_not():
     places, n = 2.04 * np.stack(np.mgrid[:3, :3], -1).reshape(-1, 2), np.full(9, 20)
     (doubt,) = quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([-0.3, -0.9], 20))
-    assert "by up to 0.90 Å" in doubt and "hold 0.14 Å" in doubt
+    assert "by up to 0.90 Å" in doubt and "hold 0.14 Å" in doubt and "counted" not in doubt
+    (thicker,) = quality.doubts_of_thickness(n + 10 * (np.arange(9) == 4), places, 4.08, 21.0, owing([-0.3, -0.9], 20))
+    assert "1 columns are so thick that they scatter" in thicker
     assert quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([-0.3, -0.4], 20)) == []
 
 

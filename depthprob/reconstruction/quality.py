@@ -156,7 +156,9 @@ def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: flo
         most = abs(owed.depth).max()
         if most < WORTH_SAYING:
             return []
-        return [f"{thick.sum()} of {len(thick)} columns are so thick (up to {thickness.max():.0f} Å) that the beam spreads in them to their neighbours. Depths are corrected for it, by up to {most:.2f} Å; their error bars hold {owed.depth_sd.max():.2f} Å for what the correction may lack. It is proved for gold along [001], of up to 20 atoms."]
+        text = f"{thick.sum()} of {len(thick)} columns are so thick (up to {thickness.max():.0f} Å) that the beam spreads in them to their neighbours. Depths are corrected for it, by up to {most:.2f} Å; their error bars hold {owed.depth_sd.max():.2f} Å for what the correction may lack. It is proved for gold along [001], of up to 30 atoms."
+        thickest = int(is_thick(n_atoms / 2, positions, spacing, angle).sum())
+        return [text + f" Atoms are counted before it: {thickest} columns are so thick that they scatter some per cent less than alone, and may have an atom more than counted." * bool(thickest)]
     limit = thickness[thick].min()
     return [f"{thick.sum()} of {len(thick)} columns are {limit:.0f} Å thick or more (up to {thickness.max():.0f} Å): the beam spreads in them towards their neighbours, and a sum of isolated columns is wrong by as much as the error bars say, which do not know of it. Set inference.superposition = \"corrected\", which takes untilted crystals and round detectors."]
 

@@ -29,7 +29,7 @@ THICK = 0.25  # of the way to its neighbours that the beam spreads within a colu
 BEYOND = 2.5  # Å beyond the beam's spread that a neighbour still matters: columns 2.9 Å apart do a tenth of what those 2.0 Å apart do, those 4.1 Å apart nothing
 FAINTEST = 1e-4  # of the largest eigenvalue of a pair's matrix, below which others are left out
 PLANES = 10.0  # Å between planes that images of pairs are interpolated from
-UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 12 to 20 atoms of gold
+UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 8 to 30 atoms of gold
 
 
 class Owed(NamedTuple):

@@ -234,9 +234,11 @@ def draw(kept: dict, path: Path) -> None:
     """Errors against thickness for each zone axis, as they are and less the correction, and against tilt, with standard errors, beside half the bound."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="col", layout="constrained")
+    kept = {name: found for name, found in kept.items() if len(found["errors"]) > 1}
+    wide = 1 + any(CASES[name].tilt for name in kept)
+    fig, axes = plt.subplots(2, wide, figsize=(4.5 * wide + 1, 6), sharex="col", squeeze=False, layout="constrained")
     groups = [(f"[{zone}]", colour, [n for n in CASES if n in kept and n.startswith(zone)]) for zone, colour in zip(ZONES, ("#0072B2", "#D55E00", "#009E73"), strict=True)]
-    groups.append(("tilted", "black", [n for n in CASES if n in kept and (n == "001-12" or n.startswith("tilt"))]))
+    groups += [("tilted", "black", [n for n in CASES if n in kept and (n == "001-12" or n.startswith("tilt"))])] * (wide - 1)
     for label, colour, names in groups:
         if not names:
             continue
@@ -252,9 +254,10 @@ def draw(kept: dict, path: Path) -> None:
         for sign in (-1, 1):
             axes[0, side].plot(at, [sign * kept[n]["bound"] / 2 for n in names], ":", color=colour)
     axes[0, 0].set(ylabel="error of the depth (Å)", title="dotted: half the bound at 9612 e/Å²")
-    axes[0, 1].set(title="12 atoms, [001]")
     axes[1, 0].set(xlabel="thickness (Å)", ylabel="error of the intensity (%)")
-    axes[1, 1].set(xlabel="tilt (mrad)")
+    if wide > 1:
+        axes[0, 1].set(title="12 atoms, [001]")
+        axes[1, 1].set(xlabel="tilt (mrad)")
     axes[0, 0].legend()
     fig.savefig(path, dpi=150)
 
