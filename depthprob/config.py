@@ -442,7 +442,7 @@ class InferenceConfig:
 
     Noise "over_dispersed" has a variance in proportion to the mean, by a factor inferred from the residuals. A "smooth" background varies slowly over
     each image, as that of a support film. Superposition "corrected" takes from the depths what a sum of isolated columns gets wrong, "plain" leaves it, and "auto"
-    corrects fields with columns thick enough for it to matter. `prior_sd` replaces standard deviations of the normal priors: of depths about zero, of positions, shifts and the logarithms of backgrounds about where
+    corrects fields with columns thick enough for it to matter, where that takes minutes. `prior_sd` replaces standard deviations of the normal priors: of depths about zero, of positions, shifts and the logarithms of backgrounds about where
     the fit starts, of the logarithms of gains about zero, of the focus step about one.
     """
 

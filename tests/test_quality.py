@@ -123,8 +123,8 @@ def test_depths_beyond_the_foci_and_at_their_ends_are_said():
     assert beyond.startswith("2 of 4 columns lie beyond the foci") and edge.startswith("1 of 4 columns lie within 20 Å")
 
 
-def owing(depth, pairs=0):
-    return Owed(np.float32(0), np.zeros(0), np.array(depth), 0.15 * abs(np.array(depth)), pairs)
+def owing(depth, pairs=0, seconds=100.0):
+    return Owed(np.float32(0), np.zeros(0), np.array(depth), 0.15 * abs(np.array(depth)), pairs, seconds)
 
 
 def test_columns_too_thick_for_superposition_are_counted():
@@ -133,7 +133,8 @@ def test_columns_too_thick_for_superposition_are_counted():
     doubts = lambda n, places: quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([0.0]))
     assert doubts(n, places) == []
     (doubt,) = doubts(2 * n, places)
-    assert doubt.startswith("6 of 9 columns are 49 Å thick or more (up to 90 Å)") and "corrected" in doubt
+    assert doubt.startswith("6 of 9 columns are 49 Å thick or more (up to 90 Å)") and "\"corrected\", which may take 2 minutes" in doubt.replace("'", '"')
+    assert "cannot be corrected" in quality.doubts_of_thickness(2 * n, places, 4.08, 21.0, owing([0.0], seconds=np.inf))[0]
     assert doubts(2 * n, 2 * places) == []
     assert doubts(np.array([40]), places[:1]) == []
 

@@ -160,7 +160,8 @@ def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: flo
         thickest = int(is_thick(n_atoms / 2, positions, spacing, angle).sum())
         return [text + f" Atoms are counted before it: {thickest} columns are so thick that they scatter some per cent less than alone, and may have an atom more than counted." * bool(thickest)]
     limit = thickness[thick].min()
-    return [f"{thick.sum()} of {len(thick)} columns are {limit:.0f} Å thick or more (up to {thickness.max():.0f} Å): the beam spreads in them towards their neighbours, and a sum of isolated columns is wrong by as much as the error bars say, which do not know of it. Set inference.superposition = \"corrected\", which takes untilted crystals and round detectors."]
+    return [f"{thick.sum()} of {len(thick)} columns are {limit:.0f} Å thick or more (up to {thickness.max():.0f} Å): the beam spreads in them towards their neighbours, and a sum of isolated columns is wrong by as much as the error bars say, which do not know of it."
+            + (f" Set inference.superposition = \"corrected\", which may take {np.ceil(owed.seconds / 60):.0f} minutes here." if np.isfinite(owed.seconds) else " Of a tilted crystal or a detector that is not round this cannot be corrected.")]
 
 
 def _listed(numbers: np.ndarray, word: str = "image") -> str:

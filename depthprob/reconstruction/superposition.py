@@ -15,7 +15,7 @@ from ..config import Config
 from ..inference.arrow import ArrowFactor
 from ..inference.likelihood import field_of, from_vector, to_vector
 from ..physics import crosstalk
-from ..physics.focal_series import counts_per_fraction, defocus_minus_depth
+from ..physics.focal_series import FocalSeries, counts_per_fraction, defocus_minus_depth
 from ..physics.gram import has_full_symmetry
 from ..physics.library import is_round
 from ..physics.optics import Microscope
@@ -28,6 +28,7 @@ from .libraries import FORMAT, cache_folder, column_geometry, column_of, detecto
 THICK = 0.25  # of the way to its neighbours that the beam spreads within a column, from where a pair matters
 BEYOND = 2.5  # Å beyond the beam's spread that a neighbour still matters: columns 2.9 Å apart do a tenth of what those 2.0 Å apart do, those 4.1 Å apart nothing
 FAINTEST = 1e-4  # of the largest eigenvalue of a pair's matrix, below which others are left out
+PATIENCE = 900.0  # s of processor time, beyond which pairs are found only where the config asks for it
 PLANES = 10.0  # Å between planes that images of pairs are interpolated from
 UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 8 to 30 atoms of gold
 
@@ -44,6 +45,8 @@ class Owed(NamedTuple):
     depth, depth_sd : (C,)
         The part of it that is depths, and what is not known of it [Å].
     pairs : int
+    seconds : float
+        Processor time that the pairs take, infinite where they cannot be had.
     """
 
     change: np.ndarray
@@ -51,6 +54,7 @@ class Owed(NamedTuple):
     depth: np.ndarray
     depth_sd: np.ndarray
     pairs: int
+    seconds: float
 
 
 class Neighbours(NamedTuple):
@@ -156,16 +160,32 @@ def pair_grams(config: Config, group: Neighbours, numbers: set[tuple[int, int]],
     return {pair: PairGram(kept[f"values_{name(pair)}"], kept[f"vectors_{name(pair)}"], kept["waves"], float(kept["cell"])) for pair in numbers}
 
 
+def neighbours_of(joint: JointFit, config: Config) -> list[Neighbours]:
+    """`neighbours` of an estimate."""
+    parameters, n, geometry = joint.estimate.parameters, np.asarray(joint.problem.n_atoms), column_geometry(config)
+    positions = np.stack([parameters["x"], parameters["y"]], 1)
+    tops = np.asarray(parameters["depth"]) - (n - 1) / 2 * geometry.spacing
+    return neighbours(positions, tops, n, geometry, config.microscope.convergence_angle_mrad, _box(joint.problem.series))
+
+
+def _box(series: FocalSeries) -> np.ndarray | None:
+    """Sides of a periodic field (x, y) [Å]."""
+    return np.array(series.shape[::-1]) * series.pixel_size if series.periodic else None
+
+
+def seconds_for(groups: list[Neighbours], n_atoms: np.ndarray) -> float:
+    """Processor time [s] that pairs take of which the cache holds none, gold under 21 mrad: waves down each group's longest columns, then every two numbers of atoms."""
+    kinds = [{tuple(pair) for pair in n_atoms[g.members].tolist()} for g in groups]
+    return sum(0.33 * max(max(pair) for pair in kind) + 4e-4 * sum(sum(pair) ** 2 for pair in kind) for kind in kinds) + 10 * len({g.separation for g in groups})
+
+
 def lacking(joint: JointFit, config: Config, progress: Callable = lambda items, **_: items) -> tuple[np.ndarray, int]:
     """What the sum of isolated columns lacks of the expected counts (F, ny, nx) at an estimate, and the number of pairs that it comes of."""
     problem, series, lens = joint.problem, joint.problem.series, microscope_of(config)
     field = field_of(joint.estimate.parameters, problem.n_atoms)
     positions, depths, n = np.asarray(field.positions), np.asarray(field.depths), np.asarray(field.n_atoms)
-    geometry, box = column_geometry(config), np.array(series.shape[::-1]) * series.pixel_size if series.periodic else None
-    spacing = geometry.spacing
-    foci = np.asarray(defocus_minus_depth(field, series))[0] + depths[0]
-    tops = depths - (n - 1) / 2 * spacing
-    groups = neighbours(positions, tops, n, geometry, float(lens.convergence_angle), box)
+    spacing, foci, box = problem.library.spacing, np.asarray(defocus_minus_depth(field, series))[0] + depths[0], _box(series)
+    tops, groups = depths - (n - 1) / 2 * spacing, neighbours_of(joint, config)
     steps = int(n.max() + max((g.below for g in groups), default=0.0) / spacing) + 2
     change, shared = np.zeros((len(foci), *series.shape)), {}
     for group in progress(groups, desc="pairs of neighbours", unit="kind"):
@@ -227,16 +247,17 @@ def owed(joint: JointFit, config: Config, progress: Callable = lambda items, **_
     """
     problem, estimate = joint.problem, joint.estimate
     n, positions = np.asarray(problem.n_atoms), np.stack([estimate.parameters["x"], estimate.parameters["y"]], 1)
+    known, wanted = has_full_symmetry(column_of(config, 1), detector_of(config)) and len(n) > 1, config.inference.superposition
+    seconds = seconds_for(neighbours_of(joint, config), n) if known else np.inf
     thick = is_thick(n, positions, problem.library.spacing, config.microscope.convergence_angle_mrad).any()
-    known = has_full_symmetry(column_of(config, 1), detector_of(config)) and len(n) > 1
-    if not known or config.inference.superposition == "plain" or (config.inference.superposition == "auto" and not thick):
-        return Owed(np.float32(0.0), np.zeros(len(estimate.names)), np.zeros(len(n)), np.zeros(len(n)), 0)
+    if not known or wanted == "plain" or (wanted == "auto" and not (thick and seconds < PATIENCE)):
+        return Owed(np.float32(0.0), np.zeros(len(estimate.names)), np.zeros(len(n)), np.zeros(len(n)), 0, seconds)
     change, pairs = lacking(joint, config, progress)
     information = joint.reader.information_along(estimate.parameters, problem, change[None])[:, 0]
     factor = estimate.factor
     shift = factor.solve(information) if isinstance(factor, ArrowFactor) else factor @ (factor.T @ information)
     depth = shift[: len(n)]
-    return Owed(change.astype(np.float32), shift, depth, UNSURE * abs(depth), pairs)
+    return Owed(change.astype(np.float32), shift, depth, UNSURE * abs(depth), pairs, seconds)
 
 
 def paid(joint: JointFit, owed: Owed) -> JointFit:
