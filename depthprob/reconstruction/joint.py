@@ -85,10 +85,10 @@ class Forecast(NamedTuple):
 
 def forecast(problem: Problem, draws: int) -> Forecast:
     """Time and memory of a field fitted window by window, with so many draws of its posterior: from what one image takes here and now."""
-    image = np.array([len(problem.series.defocus) // 4])
-    local.evaluate(problem.start, problem, images=image)  # compiles
+    image, windows = np.array([len(problem.series.defocus) // 4]), local.plan_windows(problem.library, problem.series, np.asarray(problem.start["depth"]))
+    local.evaluate(problem.start, problem, windows, image)  # compiles
     start = time.perf_counter()
-    local.evaluate(problem.start, problem, images=image)
+    local.evaluate(problem.start, problem, windows, image)
     return Forecast(FIXED_SECONDS + LOOKS * len(processes.share(problem.series.defocus)) * (time.perf_counter() - start), local.memory(problem, draws) / 1e9)
 
 

@@ -21,7 +21,7 @@ CONFIG = """
 pixel_size_A = 0.51
 [inference]
 method = "laplace"
-samples = 100
+superposition = "plain"
 """
 
 
