@@ -23,7 +23,7 @@ from .counting import Counts, count_by_library
 from .drift import shift_images
 from .libraries import read_variance_of
 
-LOOKS, FIXED_SECONDS = 90, 60.0  # at all images, counting Fisher matrices as so many; and what a reconstruction takes besides
+LOOKS, FIXED_SECONDS = 150, 60.0  # at all images, counting Fisher matrices as so many; and what a reconstruction takes besides
 ROUNDS = 8  # of counting, fitting and looking for hidden columns
 SHARPEST = 8  # images that hidden columns are looked for in
 LIBRARY_ERROR = 0.015  # relative, of cross-sections: what superposition and thermal model leave
