@@ -176,6 +176,7 @@ def test_the_command_itself_leaves_with_status_2_and_no_traceback(inputs):
 
 def test_ctrl_c_leaves_with_status_130_one_line_and_no_half_result(tmp_path):
     command = [sys.executable, "-u", "-m", "depthprob.cli", "demo", "-o", str(tmp_path / "out")]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C, and so do its children
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while "depthprob: joint fit" not in (line := running.stdout.readline()):
         assert line, "it ended before it could be interrupted"
