@@ -108,7 +108,10 @@ def by_slurm(i, count, port):
 @contextlib.contextmanager
 def at_work(count, devices, *command, how=by_environment, **options):
     """So many processes of one job, each with so many devices; killed at the end if they have not ended."""
-    own = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    # a matrix product whose threads depend on the number of devices rounds otherwise: one thread each, so that bits can be compared
+    own = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
+        "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"
+    }
     port = free_port(range(LOWEST + os.getpid() % 4000, 65536)) if how is by_slurm else free_port()
     with contextlib.ExitStack() as stack:
         running = []
