@@ -93,7 +93,8 @@ def test_thin_fields_and_plain_settings_owe_nothing(fitted, monkeypatch):
     monkeypatch.setattr(superposition, "lacking", lambda *_: (change, 6))
     for settings in ({}, {"inference": {"superposition": "plain"}}, {"inference": {"superposition": "corrected"}, "specimen": {"tilt_mrad": [5.0, 0.0]}}):
         owed = superposition.owed(joint, config_from_dict(settings))
-        assert owed.pairs == 0 and not owed.depth.any() and superposition.paid(joint, owed).problem.counts is not None
+        assert owed.pairs == 0 and not owed.depth.any()
+        assert np.array_equal(superposition.paid(joint, owed).problem.counts, joint.problem.counts)
         assert np.array_equal(superposition.paid(joint, owed).estimate.parameters["depth"], joint.estimate.parameters["depth"])
 
 
@@ -113,6 +114,7 @@ def test_depths_of_a_rod_move_by_what_frozen_phonons_say(benchmark, name):
     (depth, amplitude), (depth_sd, amplitude_sd) = benchmark.summary(kept)
     found_depth, found_amplitude = benchmark.of_pairs(benchmark.CASES[name])
     assert found_depth == pytest.approx(depth, abs=max(2.6 * depth_sd, 0.01))  # one in a hundred sound runs fails
+    # 0.2 % more: with 12 atoms it is 0.3 % less, 2.8 standard errors, and nobody knows why
     assert found_amplitude == pytest.approx(amplitude, abs=2.6 * amplitude_sd + 0.002)
 
 

@@ -47,7 +47,7 @@ from .likelihood import (
 )
 
 FAINT = 7e-4
-DIM = 1e-2  # of a column's peak, to where its derivatives enter Fisher information: standard deviations come out 0.4 % small, 2 % at most, at a fifth of the cost
+DIM = 1e-2  # of a column's peak, to where its derivatives enter Fisher information: standard deviations come out 0.4 % small, 2 % at most, at a third of the cost
 BAND = 3e8  # bytes that the products of tiles may hold at a time
 TILE = 8  # pixels; the columns that reach a tile are gathered for one matrix product
 MEMBERS = 8  # of a tile, filled up to a multiple
