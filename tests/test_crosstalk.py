@@ -1,5 +1,6 @@
 """What two columns record beyond the sum of each alone, against sums over all displacements of two atoms, and closed forms."""
 
+import functools
 import math
 
 import jax
@@ -21,9 +22,14 @@ ENERGY, ANGLE, B, SPACING = 300e3, 21.0, 0.63, 4.08
 DETECTOR, LAM = AnnularDetector(48.0, 180.0), float(wavelength(ENERGY))
 
 
+@functools.cache
+def prepared(element, separation, spacing):
+    return crosstalk.prepare_pair(Column(element, 1, spacing, B), ENERGY, ANGLE, DETECTOR, separation)
+
+
 def lacking(element, separation, below, numbers=(1, 1)):
     """The pair, and the matrices of what it lacks and of one column alone; atoms of a column stand `below` apart, as its two tops do."""
-    pair = crosstalk.prepare_pair(Column(element, 1, below, B), ENERGY, ANGLE, DETECTOR, separation)
+    pair = prepared(element, separation, below)
     within = crosstalk.between(pair, below, max(numbers) + 1)
     alone = crosstalk.grams(pair, within, [(0.0, 0.0)], {(n,) for n in numbers})
     return pair, (crosstalk.crosstalk(pair, within, below, [numbers], alone)[numbers], alone[numbers[:1]])
@@ -74,6 +80,16 @@ def test_of_weak_atoms_it_is_the_shadow_of_the_upper_and_the_fringes_between_the
     shadow = 2 * (born * np.sin(flight) * along).sum() * (float(alone[straight, straight].real) - elastic.sum())
     fringes = 2 * (elastic * np.cos(flight) * along).sum()
     assert float(found[straight, straight].real) == pytest.approx(shadow + fringes, rel=0.02)
+
+
+def test_what_pairs_share_is_worked_out_once_and_changes_nothing():
+    """Second columns that begin higher, lower, and end higher or lower than the first."""
+    pair = prepared("He", 1.5, 3 * SPACING)
+    within = crosstalk.between(pair, 0.0, 5)
+    for below in (0.0, 2 * pair.spacing):
+        of = lambda wanted, below=below: crosstalk.grams(pair, within, [(-0.75, 0.0), (0.75, below)], wanted)
+        together = of([(3, 1), (1, 3), (3, 3), (2, 0)])
+        assert all(abs(of([numbers])[numbers] - gram).max() < 1e-6 * abs(gram).max() for numbers, gram in together.items())  # single precision
 
 
 def test_columns_far_apart_lack_nothing():

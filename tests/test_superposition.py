@@ -12,10 +12,11 @@ import pytest
 from depthprob.config import Config, config_from_dict
 from depthprob.inference import likelihood, local
 from depthprob.inference.likelihood import make_problem
-from depthprob.physics.focal_series import Field, FocalSeries
+from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.physics.optics import Microscope
+from depthprob.physics.particle import focal_spectra
 from depthprob.reconstruction import superposition
-from depthprob.reconstruction.joint import JointFit
+from depthprob.reconstruction.joint import JointFit, fit_jointly
 from depthprob.reconstruction.libraries import column_geometry
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -47,14 +48,45 @@ def test_neighbours_across_the_edge_of_a_periodic_field_are_found():
     assert superposition._across(places, np.array([[0, 1]]), np.array([12.0, 12.0])) == pytest.approx(np.array([[-2.2, 0.0]]))
 
 
-def test_images_of_many_pairs_are_those_of_each():
+def test_a_wrong_count_does_not_take_neighbours_off_the_crystal():
+    places, depths = spaced(3, 2.04)
+    n = np.full(9, 12)
+    n[4] = 13  # in truth 12: its top seems 2.04 Å higher
+    kinds = superposition.neighbours(places, depths - (n - 1) / 2 * 4.08, n, GOLD, 21.0)
+    assert {(k.separation, k.below % 4.08) for k in kinds} == {(2.04, 2.04), (2.885, 0.0)}
+
+
+def test_heights_that_crystals_allow_are_those_of_their_stacking():
+    geometry = lambda structure, zone: column_geometry(config_from_dict({"specimen": {"structure": structure, "lattice_constant_A": 4.08, "zone_axis": zone}}))
+    nearest = lambda structure, zone: superposition.relations(geometry(structure, zone))[:2].ravel()
+    third = 4.08 / np.sqrt(3)  # between (111) planes, and every third above another
+    assert nearest("fcc", [1, 1, 1]) == pytest.approx([4.08 / 6**0.5, third, 4.08 / 6**0.5, 2 * third], abs=2e-3)
+    assert nearest("bcc", [0, 0, 1]) == pytest.approx([4.08 / 2**0.5, 2.04, 4.08, 0.0], abs=2e-3)
+    assert nearest("diamond", [1, 1, 0]) == pytest.approx([4.08 / 4, 4.08 / 8**0.5, 4.08 * 3**0.5 / 4, 0.0], abs=2e-3)
+
+
+def test_numbers_between_which_pairs_are_interpolated_have_their_mean():
+    every = {(n, m) for n in range(3, 45) for m in range(3, 45)}
+    shares = superposition.shares_of(every)
+    for pair, of in shares.items():
+        assert np.array(list(of)).T @ list(of.values()) == pytest.approx(pair) and sum(of.values()) == pytest.approx(1)
+    assert len(set().union(*shares.values())) < len(every) / 3
+    assert superposition.shares_of({(30, 31)}) == {(30, 31): {(30, 31): 1.0}}
+
+
+def test_images_of_pairs_between_planes_are_those_of_each_plane():
     rng, waves = np.random.default_rng(0), np.stack(np.mgrid[-11:12, -11:12], -1).reshape(-1, 2)
     waves = waves[np.hypot(*waves.T) < 11.2]
-    gram = superposition.PairGram(np.array([1.0, -0.5]), rng.normal(size=(len(waves), 2)) + 1j * rng.normal(size=(len(waves), 2)), waves, 10.0)
+    grams = {
+        numbers: superposition.PairGram(np.array([1.0, -0.5]), rng.normal(size=(len(waves), 2)) + 1j * rng.normal(size=(len(waves), 2)), waves, 10.0)
+        for numbers in ((3, 3), (3, 4))
+    }
     lens, planes = Microscope(300e3, 21.0, source_fwhm=0.7), np.linspace(-203.0, 203.0, 41) + rng.uniform(-5, 5, (4, 1))
-    series = lambda planes: [np.fft.fft2(own) for own in superposition._spectra(gram, lens, planes, np.zeros(len(planes)))[0]]
-    for together, (alone,) in zip(series(planes), (series(own[None]) for own in planes), strict=True):
-        assert abs(together - alone).max() < 1e-4 * abs(alone).max()
+    look = superposition.viewer(grams, lens, planes.min(), planes.max())({(3, 3): 0.25, (3, 4): 0.75})
+    matrix = 0.25 * grams[3, 3].matrix + 0.75 * grams[3, 4].matrix
+    for own in planes:
+        exact = np.fft.fft2(focal_spectra(matrix, waves, (10.0, 10.0), lens, own)[0])
+        assert abs(np.fft.fft2(look(own, 0.0)) - exact).max() < 1e-4 * abs(exact).max()
 
 
 @pytest.fixture
@@ -86,6 +118,26 @@ def test_a_fit_is_taken_back_to_the_truth_by_what_superposition_lacks(fitted, mo
     assert before > 0.15 and after < 0.02  # second order, and the weak priors
     assert np.asarray(paid.problem.counts) == pytest.approx(np.asarray(joint.problem.counts) - change, abs=1e-5)
     assert owed.depth_sd == pytest.approx(superposition.UNSURE * abs(owed.depth))
+
+
+def test_what_neighbours_scatter_is_not_counted_as_an_atom(library, monkeypatch):
+    """Counts of 5 to 8 atoms and what would be one more in the first, which superposition is said to lack."""
+    places, depths = spaced(2, 2.04)
+    series, truth = FocalSeries(FOCI, 0.3, np.full(len(FOCI), 9612.0), (30, 30)), np.array([5, 6, 7, 8])
+    ones = jnp.ones(len(FOCI))
+    field = Field(places + 3.5, truth, depths, 1e-3 * ones, ones, jnp.zeros((len(FOCI), 2)))
+    one_more = dataclasses.replace(field, n_atoms=truth + np.array([1, 0, 0, 0]))
+    bright, right = (np.asarray(expected_counts(f, library, series)) for f in (one_more, field))
+    monkeypatch.setattr(superposition, "lacking", lambda *_: (bright - right, 6))
+    config = config_from_dict({"inference": {"superposition": "corrected"}})
+    refit = lambda lacking, start, centre=None: fit_jointly(bright - lacking, start, library, series, np.ones(bright.shape, bool), config, centre=centre)
+    joint = refit(0.0, one_more)
+    assert np.array_equal(joint.problem.n_atoms, one_more.n_atoms)
+    settled, owed = superposition.corrected(joint, refit, config)
+    assert np.array_equal(settled.problem.n_atoms, truth) and np.array_equal(settled.counts.n, truth)
+    assert np.asarray(settled.problem.counts) == pytest.approx(right, abs=1e-4)
+    assert np.asarray(settled.estimate.parameters["depth"]) == pytest.approx(depths, abs=0.01)
+    assert owed.pairs == 6
 
 
 def test_thin_fields_and_plain_settings_owe_nothing(fitted, monkeypatch):

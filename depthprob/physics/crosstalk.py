@@ -15,7 +15,8 @@ the columns as they are.
 """
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ VACUUM = 8.0  # Å between a pair and its image in the next cell
 CORE = 0.7  # Å about an atom, within which it scatters diffusely
 FAINTEST = 0.02  # amplitude of a wave within the core, below which it is left out
 THERMAL_NODES = 7  # of each component of a displacement
+AT_ONCE = 32  # waves
 
 Numbers = tuple[int, ...]
 
@@ -182,15 +184,17 @@ def _flown(pair: Pair, waves: np.ndarray, distance: float) -> np.ndarray:
 
 
 def _through(pair: Pair, waves: np.ndarray, plane: np.ndarray) -> np.ndarray:
-    """Waves (q, w) behind a plane (y, x), one by one."""
+    """Waves (q, w) behind a plane (y, x), few at a time, shared out to all cores."""
     inside = (pair.jy % pair.size) * pair.size + pair.jx % pair.size
-    out, grid = np.empty_like(waves), np.zeros(pair.size**2, np.complex64)
-    for k in range(waves.shape[1]):
-        grid[:] = 0
-        grid[inside] = waves[:, k]
-        wave = scipy.fft.ifft2(grid.reshape(pair.size, -1), norm="forward")
+    out, grid = np.empty_like(waves), np.zeros((AT_ONCE, pair.size**2), np.complex64)
+    for first in range(0, waves.shape[1], AT_ONCE):
+        some = slice(first, first + AT_ONCE)
+        part = grid[: waves[0, some].size]
+        part[:] = 0
+        part[:, inside] = waves[:, some].T
+        wave = scipy.fft.ifft2(part.reshape(-1, pair.size, pair.size), norm="forward", workers=-1)
         wave *= plane
-        out[:, k] = scipy.fft.fft2(wave, norm="forward", overwrite_x=True).ravel()[inside]
+        out[:, some] = scipy.fft.fft2(wave, norm="forward", overwrite_x=True, workers=-1).reshape(len(part), -1)[:, inside].T
     return out
 
 
@@ -254,23 +258,32 @@ def between(pair: Pair, below: float, steps: int, alone: Paths | None = None) ->
     return Between(alone, [paths(pair, [-half, half], [pair.spacing, gap], 0, steps), paths(pair, [-half, half], [rest, pair.spacing], 1, steps)])
 
 
-def forms(pair: Pair, within: Between, tops: list[float], numbers: Numbers) -> list[list[np.ndarray]]:
-    """Form (c, c) of every atom's diffuse scattering, for each column from the top down; of one column, or of two whose tops are given [Å]."""
+def forms(pair: Pair, within: Between, tops: list[float], numbers: Numbers, known: dict | None = None) -> list[list[np.ndarray]]:
+    """Form (c, c) complex64 of every atom's diffuse scattering, for each column from the top down; of one column, or of two whose tops are given [Å].
+
+    A form depends on what lies below its atom alone; those in `known` are taken from there, and the others put there.
+    """
+    known = {} if known is None else known
     atoms = sorted([(top + i * pair.spacing, c, i) for c, (top, n) in enumerate(zip(tops, numbers, strict=True)) for i in range(n)], reverse=True)
     ends = [(top, top + (n - 1) * pair.spacing) for top, n in zip(tops, numbers, strict=True)]
     found = [[np.zeros(0)] * n for n in numbers]
     for z, c, i in atoms:
         left, other = numbers[c] - 1 - i, 1 - c
         both, alone = within.both[c], within.alone
+        beside = len(numbers) == 2 and numbers[other] > 0 and ends[other][1] > z - pair.spacing
+        below = (c, left, *(round(max(end - z, -pair.spacing), 3) for end in ends[other])) if beside else left
+        if below in known:
+            found[c][i] = known[below]
+            continue
 
-        def shared(end, z=z, other=other):
+        def shared(end, z=z, other=other, beside=beside):
             """Share of the way down to `end` along which the other column goes."""
-            if len(numbers) == 1 or numbers[other] == 0:
+            if not beside:
                 return 0.0
             low, high = ends[other][0] - pair.spacing / 2, ends[other][1] + pair.spacing / 2
             return max(0.0, min(end, high) - max(z, low)) / (end - z) if end > z else 0.0
 
-        mixed = lambda one, two, share: one + share * (two - one) if share else one
+        mixed = lambda one, two, share: one + np.float32(share) * (two - one) if share else one
         form = mixed(alone.recorded[left], both.recorded[left], shared(z + left * pair.spacing))
         for s in range(1, left + 1):
             path = mixed(alone.onto[0][s - 1], both.onto[c][s - 1], shared(z + s * pair.spacing))
@@ -282,7 +295,7 @@ def forms(pair: Pair, within: Between, tops: list[float], numbers: Numbers) -> l
             for s, k in enumerate(lower, skipped):
                 form = form + first[s].conj().T @ found[other][k] @ first[s]
         diffuse = pair.coherence * (pair.lift @ form @ pair.lift.conj().T)
-        found[c][i] = pair.lift.conj().T @ diffuse @ pair.lift + pair.beyond
+        found[c][i] = known[below] = (pair.lift.conj().T @ diffuse @ pair.lift + pair.beyond).astype(np.complex64)
     return found
 
 
@@ -297,32 +310,60 @@ def grams(pair: Pair, within: Between, columns: list[tuple[float, float]], wante
         How many atoms each column has; what they share from the top is done once.
     """
     planes = {numbers: _planes(pair, columns, numbers) for numbers in wanted}
-    of_atoms = {numbers: forms(pair, within, [z for _, z in columns], numbers) for numbers in planes}
+    known: dict = {}
+    of_atoms = {numbers: forms(pair, within, [z for _, z in columns], numbers, known) for numbers in planes}
     slices = {here: _transmitted(pair, [columns[c][0] for c in here]) for here in {tuple(c for c, _ in here) for p in planes.values() for _, here in p}}
     cores = [pair.core * _at(pair, -x) for x, _ in columns]
-    found = {}
+    whole, found = _mirror(pair), {}
+
+    def recorded(waves, amplitudes, numbers):
+        total = _recorded(pair, whole(waves))
+        for (_, here), seen in zip(planes[numbers], amplitudes, strict=True):
+            for (c, i), amplitude in zip(here, seen, strict=True):
+                total += amplitude.conj().T @ (of_atoms[numbers][c][i] @ amplitude)
+        return total
 
     def descend(waves, amplitudes, z, some):
-        """`waves` (q, K) behind the planes of the atoms in `amplitudes`, which `some` of those wanted share."""
-        step = len(amplitudes)
-        for numbers in [n for n in some if len(planes[n]) == step]:
-            total = _recorded(pair, waves)
-            for (_, here), seen in zip(planes[numbers], amplitudes, strict=True):
-                for (c, i), amplitude in zip(here, seen, strict=True):
-                    total = total + amplitude.conj().T @ (of_atoms[numbers][c][i].astype(np.complex64) @ amplitude)
-            found[numbers] = total
-        following = {}
-        for numbers in some:
-            if len(planes[numbers]) > step:
-                following.setdefault(planes[numbers][step], []).append(numbers)
-        for (depth, here), others in following.items():
-            arrived = _flown(pair, waves, depth - z)
-            seen = [cores[c] @ arrived for c, _ in here]
-            descend(_through(pair, arrived, slices[tuple(c for c, _ in here)]), [*amplitudes, seen], depth, others)
+        """`waves` (q, K / 2) behind the planes of the atoms in `amplitudes`, which `some` of those wanted share."""
+        while some:
+            following = defaultdict(list)
+            for numbers in some:
+                if len(planes[numbers]) == len(amplitudes):
+                    found[numbers] = recorded(waves, amplitudes, numbers)
+                else:
+                    following[planes[numbers][len(amplitudes)]].append(numbers)
+            *branches, last = following.items() or [((z, ()), [])]
+            for (depth, here), others in branches:
+                descend(*step(waves, amplitudes, depth - z, here), depth, others)
+            (depth, here), some = last
+            if some:
+                waves, amplitudes = step(waves, amplitudes, depth - z, here)
+            z = depth
 
-    start = (pair.jx[:, None] == pair.waves[:, 0]) & (pair.jy[:, None] == pair.waves[:, 1])
-    descend(start.astype(np.complex64), [], 0.0, list(planes))
+    def step(waves, amplitudes, distance, here):
+        arrived = _flown(pair, waves, distance)
+        every = whole(arrived)
+        return _through(pair, arrived, slices[tuple(c for c, _ in here)]), [*amplitudes, [cores[c] @ every for c, _ in here]]
+
+    above = pair.waves[pair.waves[:, 1] >= 0]
+    descend(((pair.jx[:, None] == above[:, 0]) & (pair.jy[:, None] == above[:, 1])).astype(np.complex64), [], 0.0, list(planes))
     return found
+
+
+def _mirror(pair: Pair) -> Callable[[np.ndarray], np.ndarray]:
+    """From waves (q, k) of the incident ones with y >= 0 to all (q, K): columns along x are their own mirror image."""
+    place = {wave: i for i, wave in enumerate(zip(pair.jx.tolist(), pair.jy.tolist(), strict=True))}
+    turned = np.array([place[x, -y] for x, y in place])
+    above = [tuple(wave) for wave in pair.waves.tolist() if wave[1] >= 0]
+    source = np.array([above.index((x, abs(y))) for x, y in pair.waves.tolist()])
+    below = pair.waves[:, 1] < 0
+
+    def whole(waves):
+        every = waves[:, source]
+        every[:, below] = every[:, below][turned]
+        return every
+
+    return whole
 
 
 def _planes(pair: Pair, columns: list[tuple[float, float]], numbers: Numbers) -> list:

@@ -105,23 +105,22 @@ def pose(
 
 
 def fit_jointly(
-    stack: np.ndarray, field: Field, library: ColumnLibrary, series: FocalSeries, mask: np.ndarray, config: Config, progress: Callable = lambda items, **_: items
+    stack: np.ndarray, field: Field, library: ColumnLibrary, series: FocalSeries, mask: np.ndarray, config: Config, progress: Callable = lambda items, **_: items,
+    centre: dict | None = None,
 ) -> JointFit:
-    """Fit a stack (F, ny, nx) [e/pixel] from a starting field, its atom counts mended by the amplitudes that the fit asks for."""
+    """Fit a stack (F, ny, nx) [e/pixel] from a starting field, its atom counts mended by the amplitudes that the fit asks for.
+
+    Priors are centred where the field starts, or at `centre`.
+    """
     posed = lambda field, centre=None: pose(stack, field, library, series, mask, config, centre)
     fit = local if len(field.n_atoms) > LARGE else likelihood
     dispersed = config.inference.noise == "over_dispersed"
-    centre, mode, amplitudes, settled = posed(field).centre, None, None, False
+    centre, mode, amplitudes, settled = dict(posed(field).centre if centre is None else centre), None, None, False
     for last in (False,) * (ROUNDS - 1) + (True,):
         problem = posed(field, centre)
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
-        amplitudes = fit.column_amplitudes(mode.parameters, problem, amplitudes)
-        noisier = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)).dispersion ** 0.5 if dispersed else 1.0
+        counts, amplitudes = recount(mode.parameters, problem, dispersed, amplitudes)
         n = np.asarray(problem.n_atoms)
-        # a gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts
-        cross = library.cross_section[n - 1] * np.exp(np.asarray(mode.parameters["log_gain"]).mean())
-        counts = count_by_library(amplitudes.value * cross, np.hypot(amplitudes.sd * noisier, LIBRARY_ERROR) * cross, library.cross_section, scale_sd=SCALE_SD)
-        counts = processes.of_first(counts)
         settled = np.array_equal(counts.n, n)
         field = field_of(mode.parameters, jnp.asarray(counts.n))
         if not settled:
@@ -135,6 +134,17 @@ def fit_jointly(
     if dispersed:
         problem, mode = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)), None
     return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled)
+
+
+def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitudes | None = None) -> tuple[Counts, Amplitudes]:
+    """Atom counts that a fit's amplitudes ask for, and the amplitudes, reckoned from those `before`; `dispersed` counts scatter more than Poisson's."""
+    fit, library, n = local if problem.draw is None else likelihood, problem.library, np.asarray(problem.n_atoms)
+    amplitudes = fit.column_amplitudes(parameters, problem, before)
+    noisier = likelihood.over_dispersed(problem, fit.rates(parameters, problem)).dispersion ** 0.5 if dispersed else 1.0
+    # a gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts
+    cross = library.cross_section[n - 1] * np.exp(np.asarray(parameters["log_gain"]).mean())
+    counts = count_by_library(amplitudes.value * cross, np.hypot(amplitudes.sd * noisier, LIBRARY_ERROR) * cross, library.cross_section, scale_sd=SCALE_SD)
+    return processes.of_first(counts), amplitudes
 
 
 def hidden_columns(parameters: dict, problem: Problem, rate: np.ndarray) -> np.ndarray:

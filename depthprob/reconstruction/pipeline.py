@@ -237,11 +237,11 @@ def reconstruct(
         what = f"{len(found)} columns in {len(defocus)} images of {series.shape[0]} x {series.shape[1]} pixels"
         refuse_beyond_limit(config, need.gigabytes, what)
         stages.tell(f"{what} take about {math.ceil(need.seconds / 60)} minutes and {need.gigabytes:.1f} GB")
-    joint = fit_jointly(stack.data, field, library, series, mask, config, progress)
+    fit_less = lambda lacking, field, centre=None: fit_jointly(stack.data - lacking, field, library, series, mask, config, progress, centre)
+    joint = fit_less(0.0, field)
 
     stages("superposition")
-    owed = superposition.owed(joint, config, progress)
-    joint = superposition.paid(joint, owed)
+    joint, owed = superposition.corrected(joint, fit_less, config, progress)
     problem, estimate, fit = joint.problem, joint.estimate, joint.reader
     n_atoms, probability = np.asarray(problem.n_atoms), joint.counts.probability
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from scipy.interpolate import CubicSpline
 from scipy.spatial import cKDTree
@@ -21,8 +22,8 @@ from ..physics.library import is_round
 from ..physics.optics import Microscope
 from ..physics.particle import focal_spectra
 from ..storage import load_checkpoint, save_arrays
-from .joint import JointFit
-from .lattice import CrystalColumns
+from .joint import JointFit, recount
+from .lattice import SAME, CrystalColumns
 from .libraries import FORMAT, cache_folder, column_geometry, column_of, detector_of, microscope_of
 
 THICK = 0.25  # of the way to its neighbours that the beam spreads within a column, from where a pair matters
@@ -30,6 +31,7 @@ BEYOND = 2.5  # Å beyond the beam's spread that a neighbour still matters: colu
 FAINTEST = 1e-4  # of the largest eigenvalue of a pair's matrix, below which others are left out
 PATIENCE = 900.0  # s of processor time, beyond which pairs are found only where the config asks for it
 PLANES = 10.0  # Å between planes that images of pairs are interpolated from
+REFITS = 2  # at most, where neighbours' beams were counted as atoms, or their lack as missing ones
 UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 8 to 30 atoms of gold
 
 
@@ -78,7 +80,7 @@ def spread(n_atoms: np.ndarray, spacing: float, angle: float) -> np.ndarray:
 
 
 def neighbours(positions: np.ndarray, tops: np.ndarray, n_atoms: np.ndarray, geometry: CrystalColumns, angle: float, box: np.ndarray | None = None) -> list[Neighbours]:
-    """Pairs near enough to matter, by the crystal's distance next to theirs, and by their heights to half an atom's spacing.
+    """Pairs near enough to matter, by the crystal's distance next to theirs, and by the difference in height next to theirs that it allows at this distance.
 
     Parameters
     ----------
@@ -92,21 +94,28 @@ def neighbours(positions: np.ndarray, tops: np.ndarray, n_atoms: np.ndarray, geo
     pairs = tree.query_pairs(BEYOND + wide.max(), output_type="ndarray").reshape(-1, 2)
     distance = np.hypot(*_across(positions, pairs, box).T)
     near = distance < BEYOND + wide[pairs].min(1)
-    pairs = pairs[near]
-    of_crystal = distances(geometry)
-    separation = of_crystal[np.argmin(abs(distance[near, None] - of_crystal), 1)]
-    below = np.round((tops[pairs[:, 1]] - tops[pairs[:, 0]]) / geometry.spacing * 2) / 2 * geometry.spacing
-    first_on_top = np.where((below < 0)[:, None], pairs[:, ::-1], pairs)
-    kind, of_kind = np.unique(np.stack([separation, abs(below)], 1).round(3), axis=0, return_inverse=True)
-    return [Neighbours(float(s), float(b), first_on_top[of_kind.ravel() == k]) for k, (s, b) in enumerate(kind)]
+    pairs, distance = pairs[near], distance[near, None]
+    apart, height = relations(geometry).T
+    below = tops[pairs[:, 1], None] - tops[pairs[:, 0], None]
+    allowed = height + np.round((below - height) / geometry.spacing) * geometry.spacing
+    off = abs(distance - apart)
+    which = np.argmin(np.where(off < off.min(1, keepdims=True) + SAME, abs(below - allowed), np.inf), 1)
+    separation, below = apart[which], np.take_along_axis(allowed, which[:, None], 1)[:, 0].round(3)
+    turned = (below < 0) | ((below == 0) & (n_atoms[pairs[:, 0]] < n_atoms[pairs[:, 1]]))
+    pairs = np.where(turned[:, None], pairs[:, ::-1], pairs)
+    kind, of_kind = np.unique(np.stack([separation, abs(below)], 1), axis=0, return_inverse=True)
+    return [Neighbours(float(s), float(b), pairs[of_kind.ravel() == k]) for k, (s, b) in enumerate(kind)]
 
 
-def distances(geometry: CrystalColumns) -> np.ndarray:
-    """Between columns of a crystal, ascending, as far as a few columns [Å]."""
-    steps = np.stack(np.meshgrid(*[np.arange(-4, 5)] * 2), -1).reshape(-1, 1, 2)
-    apart = (geometry.sites[:, None] - geometry.sites).reshape(1, -1, 2)
-    found = np.unique(np.hypot(*((steps + apart) @ geometry.basis).reshape(-1, 2).T).round(3))
-    return found[found > 0.1]
+def relations(geometry: CrystalColumns) -> np.ndarray:
+    """Distances between columns of a crystal, as far as a few columns, and the second's height above the first, modulo their spacing (R, 2) [Å], sorted."""
+    steps = np.stack(np.meshgrid(*[np.arange(-4, 5)] * 2), -1).reshape(-1, 1, 1, 2)
+    place = geometry.sites - geometry.sites[:, None]
+    apart = np.hypot(*np.moveaxis((steps + place) @ geometry.basis, -1, 0))
+    height = (steps @ geometry.heights + geometry.site_heights - geometry.site_heights[:, None]) / geometry.spacing
+    height = np.mod(height + SAME, 1.0) - SAME
+    found = np.unique(np.stack([apart, height * geometry.spacing], -1).reshape(-1, 2).round(3), axis=0)
+    return abs(found[found[:, 0] > 0.1])
 
 
 def _across(positions: np.ndarray, pairs: np.ndarray, box: np.ndarray | None) -> np.ndarray:
@@ -173,47 +182,71 @@ def _box(series: FocalSeries) -> np.ndarray | None:
     return np.array(series.shape[::-1]) * series.pixel_size if series.periodic else None
 
 
-def seconds_for(groups: list[Neighbours], n_atoms: np.ndarray) -> float:
-    """Processor time [s] that pairs take of which the cache holds none, gold under 21 mrad: waves down each group's longest columns, then every two numbers of atoms."""
-    kinds = [{tuple(pair) for pair in n_atoms[g.members].tolist()} for g in groups]
-    return sum(0.33 * max(max(pair) for pair in kind) + 4e-4 * sum(sum(pair) ** 2 for pair in kind) for kind in kinds) + 10 * len({g.separation for g in groups})
+def nodes(n: int) -> list[tuple[int, float]]:
+    """Numbers of atoms and their weights, between which what a pair lacks is interpolated in the number of one column: every one up to 16, every fourth from 24 on."""
+    step = 1 if n < 16 else 2 if n < 24 else 4
+    share = n % step / step
+    return [(n - n % step, 1 - share), (n - n % step + step, share)][: 1 + (share > 0)]
+
+
+def shares_of(kinds: set[tuple[int, int]]) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
+    """For each two numbers of atoms the pairs to work out and their weights: itself, or where that makes fewer pairs the `nodes` of both, to 5 % of what is lacking."""
+    between = {pair: {(a, b): u * v for a, u in nodes(pair[0]) for b, v in nodes(pair[1])} for pair in kinds}
+    return between if len(set().union(*between.values())) < len(kinds) else {pair: {pair: 1.0} for pair in kinds}
+
+
+def seconds_for(groups: list[Neighbours], n_atoms: np.ndarray, images: int) -> float:
+    """Processor time [s] that pairs take of which the cache holds none, gold under 21 mrad: paths for each distance, waves down each group's longest columns, every two numbers of atoms, and images."""
+    kinds = [set().union(*shares_of(set(map(tuple, n_atoms[g.members].tolist()))).values()) for g in groups]
+    grams = sum(0.1 * max(map(max, kind)) + 0.5 * len(kind) for kind in kinds) + 15 * len({g.separation for g in groups})
+    return grams + 1.5e-4 * images * sum(len(g.members) for g in groups)
 
 
 def lacking(joint: JointFit, config: Config, progress: Callable = lambda items, **_: items) -> tuple[np.ndarray, int]:
-    """What the sum of isolated columns lacks of the expected counts (F, ny, nx) at an estimate, and the number of pairs that it comes of."""
+    """What the sum of isolated columns lacks of the expected counts (F, ny, nx) float32 at an estimate, and the number of pairs that it comes of."""
     problem, series, lens = joint.problem, joint.problem.series, microscope_of(config)
     field = field_of(joint.estimate.parameters, problem.n_atoms)
     positions, depths, n = np.asarray(field.positions), np.asarray(field.depths), np.asarray(field.n_atoms)
     spacing, foci, box = problem.library.spacing, np.asarray(defocus_minus_depth(field, series))[0] + depths[0], _box(series)
     tops, groups = depths - (n - 1) / 2 * spacing, neighbours_of(joint, config)
-    steps = int(n.max() + max((g.below for g in groups), default=0.0) / spacing) + 2
-    change, shared = np.zeros((len(foci), *series.shape)), {}
+    steps = int(n.max() + max((g.below for g in groups), default=0.0) / spacing) + 5
+    change, shared = np.zeros((len(foci), *series.shape), np.float32), {}
     for group in progress(groups, desc="pairs of neighbours", unit="kind"):
         alike = defaultdict(list)
         for i, j in group.members:
             alike[int(n[i]), int(n[j])].append((i, j))
-        for numbers, gram in pair_grams(config, group, set(alike), steps, shared).items():
-            pairs = np.array(alike[numbers])
-            steps_across, highest = _across(positions, pairs, box), (tops[pairs[:, 0]] + tops[pairs[:, 1]] - group.below) / 2
-            spectra, qx, qy = _spectra(gram, lens, foci - highest[:, None], np.arctan2(*steps_across.T[::-1]))
-            for pair, step, own in zip(pairs, steps_across, spectra, strict=True):
-                _paint(change, own, qx, qy, step, positions[pair[0]] + step / 2 + np.asarray(field.image_shifts), gram.cell / 2, series.pixel_size, series.periodic)
-    return change * np.asarray(counts_per_fraction(series)) * np.asarray(field.gain)[:, None, None], sum(len(g.members) for g in groups)
+        shares = shares_of(set(alike))
+        grams = pair_grams(config, group, set().union(*shares.values()), steps, shared)
+        highest = lambda pairs, below=group.below: (tops[pairs[:, 0]] + tops[pairs[:, 1]] - below) / 2
+        planes = foci - highest(group.members)[:, None]
+        of, some = viewer(grams, lens, planes.min(), planes.max()), next(iter(grams.values()))
+        _, qx, qy = focal_spectra(some.matrix, some.waves, (some.cell,) * 2, lens, planes[0, :0])
+        for numbers, members in alike.items():
+            pairs, look = np.array(members), of(shares[numbers])
+            for pair, step, own in zip(pairs, _across(positions, pairs, box), foci - highest(pairs)[:, None], strict=True):
+                spectra = look(own, float(np.arctan2(step[1], step[0])))
+                _paint(change, spectra, qx, qy, step, positions[pair[0]] + step / 2 + np.asarray(field.image_shifts), some.cell / 2, series.pixel_size, series.periodic)
+    change *= (np.asarray(counts_per_fraction(series)) * np.asarray(field.gain)[:, None, None]).astype(np.float32)
+    return change, sum(len(g.members) for g in groups)
 
 
-def _spectra(gram: PairGram, lens: Microscope, planes: np.ndarray, turns: np.ndarray):
-    """Fourier coefficients (m, F, y, x) of pairs seen with the crossover in `planes` (m, F) [Å] below their tops, turned by angles (m,) [rad]; and their frequencies.
+def viewer(grams: dict[tuple[int, int], PairGram], lens: Microscope, lowest: float, highest: float) -> Callable[[dict], Callable[[np.ndarray, float], np.ndarray]]:
+    """How pairs of one kind look: from the weights of their Gram matrices, a function of planes (F,) [Å] below its top and an angle [rad].
 
-    Those of many pairs under a round lens are interpolated between planes `PLANES` apart, to 1e-4 of the largest pixel.
+    It gives Fourier coefficients (F, y, x) of the pair, turned by the angle, seen with the crossover in each plane. Under a round lens they are interpolated between
+    planes `PLANES` apart from `lowest` to `highest` [Å], to 1e-4 of the largest pixel.
     """
-    seen = lambda planes, turn: focal_spectra(gram.matrix, gram.waves, (gram.cell,) * 2, lens, planes, float(turn))
-    grid = np.arange(planes.min() - PLANES, planes.max() + 2 * PLANES, PLANES)
-    if is_round(lens) and len(grid) < planes.size:
-        spectra, qx, qy = seen(grid, 0.0)
-        spline = CubicSpline(grid, spectra)
-        return (spline(own) for own in planes), qx, qy
-    _, qx, qy = seen(planes[0, :0], 0.0)
-    return (seen(own, turn)[0] for own, turn in zip(planes, turns, strict=True)), qx, qy
+    at = lambda gram, planes, turn: focal_spectra(gram.matrix, gram.waves, (gram.cell,) * 2, lens, planes, turn)[0]
+    if not is_round(lens):
+        return lambda shares: lambda planes, turn: sum(share * at(grams[node], planes, turn) for node, share in shares.items())
+    grid = np.arange(lowest - PLANES, highest + 2 * PLANES, PLANES)
+    seen = {node: at(gram, grid, 0.0).astype(np.complex64) for node, gram in grams.items()}
+
+    def of(shares):
+        spline = CubicSpline(grid, sum(share * seen[node] for node, share in shares.items()))
+        return lambda planes, turn: spline(planes)
+
+    return of
 
 
 def _paint(change: np.ndarray, spectra: np.ndarray, qx: np.ndarray, qy: np.ndarray, along: np.ndarray, middle: np.ndarray, radius: float, pixel: float, periodic: bool) -> None:
@@ -248,23 +281,50 @@ def owed(joint: JointFit, config: Config, progress: Callable = lambda items, **_
     problem, estimate = joint.problem, joint.estimate
     n, positions = np.asarray(problem.n_atoms), np.stack([estimate.parameters["x"], estimate.parameters["y"]], 1)
     known, wanted = has_full_symmetry(column_of(config, 1), detector_of(config)) and len(n) > 1, config.inference.superposition
-    seconds = seconds_for(neighbours_of(joint, config), n) if known else np.inf
+    seconds = seconds_for(neighbours_of(joint, config), n, len(problem.series.defocus)) if known else np.inf
     thick = is_thick(n, positions, problem.library.spacing, config.microscope.convergence_angle_mrad).any()
     if not known or wanted == "plain" or (wanted == "auto" and not (thick and seconds < PATIENCE)):
         return Owed(np.float32(0.0), np.zeros(len(estimate.names)), np.zeros(len(n)), np.zeros(len(n)), 0, seconds)
     change, pairs = lacking(joint, config, progress)
-    information = joint.reader.information_along(estimate.parameters, problem, change[None])[:, 0]
-    factor = estimate.factor
-    shift = factor.solve(information) if isinstance(factor, ArrowFactor) else factor @ (factor.T @ information)
-    depth = shift[: len(n)]
-    return Owed(change.astype(np.float32), shift, depth, UNSURE * abs(depth), pairs, seconds)
+    shift = _follows(joint, change)
+    return Owed(change, shift, shift[: len(n)], UNSURE * abs(shift[: len(n)]), pairs, seconds)
 
 
-def paid(joint: JointFit, owed: Owed) -> JointFit:
-    """The fit less what superposition has put into its parameters, and the counts less what it lacks: for them the same model is right."""
-    problem, estimate = dataclasses.replace(joint.problem, counts=joint.problem.counts - owed.change), joint.estimate
-    moved = estimate.parameters | {name: value for name, value in from_vector(to_vector(estimate.parameters, problem) - owed.shift, problem).items() if name in problem.free}
+def _follows(joint: JointFit, change: np.ndarray) -> np.ndarray:
+    """What a change (F, ny, nx) of all counts does to the free parameters (P,), to first order."""
+    factor, information = joint.estimate.factor, joint.reader.information_along(joint.estimate.parameters, joint.problem, change[None])[:, 0]
+    return factor.solve(information) if isinstance(factor, ArrowFactor) else factor @ (factor.T @ information)
+
+
+def paid(joint: JointFit, owed: Owed, advance: np.ndarray | None = None) -> JointFit:
+    """The fit less what superposition has put into its parameters, and the counts less what it lacks: for them the same model is right.
+
+    `advance` (F, ny, nx) is what the fitted counts were less already.
+    """
+    estimate, rest = joint.estimate, owed.change if advance is None else owed.change - advance
+    shift = owed.shift if advance is None else _follows(joint, rest)
+    problem = dataclasses.replace(joint.problem, counts=joint.problem.counts - rest)
+    moved = estimate.parameters | {name: value for name, value in from_vector(to_vector(estimate.parameters, problem) - shift, problem).items() if name in problem.free}
     return joint._replace(problem=problem, estimate=estimate._replace(parameters=moved))
+
+
+def corrected(joint: JointFit, refit: Callable, config: Config, progress: Callable = lambda items, **_: items) -> tuple[JointFit, Owed]:
+    """The fit without what superposition has put into its parameters and atom counts, and what that was.
+
+    Where columns without it have other counts, `refit` fits the field anew, given what the counts lack (F, ny, nx), the field to start from and the priors' centre, and what is lacking is found once more.
+    """
+    debt, dispersed = owed(joint, config, progress), config.inference.noise == "over_dispersed"
+    settled = paid(joint, debt)
+    for _ in range(REFITS if debt.pairs else 0):
+        counts, amplitudes = recount(settled.estimate.parameters, settled.problem, dispersed, settled.amplitudes)
+        settled = settled._replace(counts=counts, amplitudes=amplitudes)
+        if np.array_equal(counts.n, settled.problem.n_atoms):
+            break
+        advance = debt.change
+        joint = refit(advance, field_of(settled.estimate.parameters, jnp.asarray(counts.n)), settled.problem.centre)
+        debt = owed(joint, config, progress)
+        settled = paid(joint, debt, advance)
+    return settled, debt
 
 
 def is_thick(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float) -> np.ndarray:
