@@ -372,7 +372,7 @@ def _read_tiff(path: Path, ndim: int = 3) -> _Content:
     import tifffile
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # its words on damage would stand beside the one message
-    with naming(path, *PARSER_FAULTS), tifffile.TiffFile(path) as file:
+    with naming(path, *PARSER_FAULTS, tifffile.TiffFileError), tifffile.TiffFile(path) as file:
         size = path.stat().st_size
         if len(file.pages) * SMALLEST_DIRECTORY > size:
             raise ValueError(f"its list of {len(file.pages)} images does not fit into {size} bytes")
