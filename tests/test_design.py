@@ -124,8 +124,11 @@ def test_rings_are_shared_between_annuli():
 
 
 def test_aberrations_that_are_not_round_are_refused():
+    astigmatic = Microscope(energy=3e5, convergence_angle=20.0, aberrations={"C12_A": 20.0})
     with pytest.raises(InputError, match="round"):
-        radial_signals("Au", 4.08, 0.63, (2,), Microscope(energy=3e5, convergence_angle=20.0, aberrations={"C12_A": 20.0}), 24.0, (40.0, 90.0), 140.0, 8.0)
+        radial_signals("Au", 4.08, 0.63, (2,), astigmatic, 24.0, (40.0, 90.0), 140.0, 8.0)
+    with pytest.raises(InputError, match="round"):
+        atom_bounds_by_angle(Column("Au", 2, 4.08, 0.63), (MICROSCOPE, astigmatic), [20.0], [[48.0, 90.0]], FOCI, 9612.0, 12.0)
 
 
 def test_command_writes_plan_and_figure(tmp_path):

@@ -24,6 +24,7 @@ from scipy.special import j0, roots_legendre
 from ..errors import InputError
 from ..physics.electron import wavelength
 from ..physics.gram import DiscModes, bessel, radial_modes
+from ..physics.library import is_round
 from ..physics.optics import Microscope, aberration_phase
 from ..physics.rings import ring_grams
 from ..physics.specimen import Column
@@ -41,7 +42,7 @@ class RadialSignals(eqx.Module):
     Attributes
     ----------
     channels : list over l of (column, ring, p, p)
-        Gram blocks in the modes that matter.
+        Gram blocks in the modes that matter; of annuli instead of rings behind `recorded`.
     spectra : list over l of (p, k)
         Those modes' radial parts, with quadrature weight.
     bessels : (l, r, k)
@@ -111,14 +112,18 @@ def radial_signals(
     InputError
         For aberrations that are not round.
     """
-    if any(name.startswith("C") and not name.removesuffix("_A").endswith("0") and value for name, value in microscope.aberrations.items()):
-        raise InputError("design follows round aberrations only (C3, C50); leave the others out of [microscope.aberrations].")
+    _require_round(microscope)
     lam = float(wavelength(microscope.energy))
     longest = Column(element, max(n_atoms), spacing, debye_waller_b)
     aperture = largest_angle * 1.02e-3 / lam
     grams, modes = ring_grams(longest, float(microscope.energy), aperture, edges, parametrization, progress=progress)
     centre = (np.array(n_atoms) - max(n_atoms)) / 2 * spacing
     return _signals(grams[:, np.array(n_atoms) - 1], modes, centre, microscope, largest_angle, edges, farthest + spacing * max(n_atoms) / 2, field_of_view, tolerance)
+
+
+def _require_round(lens: Microscope) -> None:
+    if not is_round(lens):
+        raise InputError(f"aberrations are {', '.join(lens.aberrations)}; design follows round ones only (C3, C50). Leave the others out of [microscope.aberrations].")
 
 
 def _signals(grams, modes: DiscModes, centre, microscope: Microscope, largest_angle, edges, farthest, field_of_view, tolerance) -> RadialSignals:
@@ -158,6 +163,11 @@ def _nodes(end: float, n: int):
     return (x + 1) / 2 * end, w / 2 * end
 
 
+def recorded(signals: RadialSignals, sensitivity: Float[Array, "annulus ring"]) -> RadialSignals:
+    """The same with annuli in the place of rings, so that images need not be made ring by ring."""
+    return dataclasses.replace(signals, channels=[jnp.einsum("ai,cipq->capq", sensitivity, grams) for grams in signals.channels])
+
+
 def ring_images(signals: RadialSignals, angle: Array, z: Array, source_variance: Array | float) -> Float[Array, "column ring r"]:
     """Fraction of the beam on each ring, for convergence semi-angle `angle` [mrad] and z = defocus - depth [Å].
 
@@ -175,7 +185,8 @@ def ring_images(signals: RadialSignals, angle: Array, z: Array, source_variance:
         a = aperture / norm * jnp.exp(-1j * (chi - jnp.pi * lam * signals.k**2 * (z + centre)))
         total = 0.0
         for gram, spectrum, j_l in zip(of_column, signals.spectra, signals.bessels, strict=True):
-            waves = (spectrum * a) @ j_l.T
+            sent = spectrum * a
+            waves = jax.lax.complex(sent.real @ j_l.T, sent.imag @ j_l.T)  # a real matrix need not be made complex
             total = total + jnp.einsum("pr,ipq,qr->ir", waves.conj(), gram, waves).real
         return total
 
@@ -198,7 +209,8 @@ def image_information(
     Alania et al. (2017), eq. 8, as an integral over the field. Annuli count separately, each with its own gain and background, and add.
     """
     variance = jnp.asarray(signals.microscope.source_fwhm, float) ** 2 / (8 * np.log(2))
-    annuli = lambda z, v: jnp.einsum("ai,cir->car", sensitivity, ring_images(signals, angle, z, v))
+    signals = recorded(signals, sensitivity)
+    annuli = partial(ring_images, signals, angle)
     area = signals.area * signals.inside
 
     def at(z):
@@ -218,6 +230,12 @@ def image_information(
         return wanted.sum(1)
 
     return jax.lax.map(at, z).swapaxes(0, 1)
+
+
+@jax.jit
+def _series(signals: RadialSignals, angle: Array, z: Float[Array, " z"], source_variance: Array | float) -> Float[Array, "z ring r"]:
+    """`ring_images` of the first column at each z."""
+    return jax.lax.map(lambda z: ring_images(signals, angle, z, source_variance)[0], z, batch_size=8)
 
 
 def atom_bounds_by_angle(
@@ -249,8 +267,10 @@ def atom_bounds_by_angle(
     Raises
     ------
     InputError
-        Where the direct beam would fall on the detector.
+        Where the direct beam would fall on the detector, and for aberrations that are not round.
     """
+    for lens in lenses:
+        _require_round(lens)
     angles, annuli, defocus = (np.asarray(a, float) for a in (angles, annuli, defocus))
     for angle, (inner, outer) in zip(angles, annuli, strict=True):
         if inner < 1.05 * angle:
@@ -267,20 +287,20 @@ def atom_bounds_by_angle(
     found = []
     with jax.enable_x64(True):
         base = _signals(grams, modes, np.zeros(grams.shape[1]), lenses[0], angles.max(), edges, farthest, field_of_view, 1e-8)
-        sensitivity = [np.asarray(ring_sensitivity(jnp.asarray(annulus), base.edges))[0] for annulus in annuli]
+        seen = [recorded(base, ring_sensitivity(jnp.asarray(annulus), base.edges)) for annulus in annuli]
+        # all entries lie in one plane: waves are made once for the lot of them, in the place of annuli
+        together = [dataclasses.replace(s, channels=[grams.swapaxes(0, 1) for grams in s.channels], centre=base.centre[:1], focal_spread=0.0) for s in seen]
+        area = np.asarray(base.area * base.inside) * dose
         for lens in lenses:
             spread = float(lens.focal_spread)
             sharp = eqx.tree_at(lambda m: m.focal_spread, lens, 0.0)
-            signals = dataclasses.replace(base, microscope=sharp, focal_spread=0.0)
             z = planes if spread else defocus
             weights = np.exp(-(((defocus[:, None] - z) / spread) ** 2) / 2) if spread else np.eye(len(z))
             weights /= weights.sum(1, keepdims=True)
             variance = float(lens.source_fwhm) ** 2 / (8 * np.log(2))
-            images = eqx.filter_jit(lambda signals, angle, z, recorded, variance=variance: jax.lax.map(lambda z: jnp.einsum("i,cir->cr", recorded, ring_images(signals, angle, z, variance)), z))
-            area = np.asarray(base.area * base.inside) * dose
             rows = []
-            for angle, recorded in zip(progress(angles, desc="angles", unit="angle"), sensitivity, strict=True):
-                values = np.asarray(images(signals, jnp.asarray(angle), jnp.asarray(z), jnp.asarray(recorded)))
+            for angle, signals in zip(progress(angles, desc="angles", unit="angle"), together, strict=True):
+                values = np.asarray(_series(dataclasses.replace(signals, microscope=sharp), jnp.asarray(angle), jnp.asarray(z), variance))
                 counts = np.einsum("fz,zcr->cfr", weights, values) * area
                 counts[0] = np.maximum(counts[0], DARKEST * area)
                 rows.append(information_of(poisson_fisher(counts[0], counts[1:])))
