@@ -39,7 +39,7 @@ def designed(**wishes):
     settings = {
         "focal_series": {"pixel_size_A": 0.3, "field_of_view_A": 8.0 if SMALL else 12.0, "defocus_step_A": 40.0 if SMALL else 10.0},
         "specimen": {"n_atoms": n_atoms},
-        "design": {"spread_share": 0.0, "steps": 10 if SMALL else 60} | wishes,
+        "design": {"spread_share": 0.0, "steps": 10 if SMALL else 40} | wishes,
     }
     return design_series(config_from_dict(settings))
 
@@ -69,7 +69,8 @@ for d, result in sorted(by_ignorance.items()):
 # ## The promise kept?
 #
 # Columns 10 Å above, in and below the plane in focus, simulated and fitted by maximum likelihood, under the given series and under the best one of the same total dose. The
-# images come from the library, by way of plane waves or Hankel transforms; the design came from its own radial signals of rings of the detector.
+# images come from the library, by way of plane waves or Hankel transforms; the design came from its own radial signals of rings of the detector. The fits see a little less than
+# it assumed, a square of 8 Å instead of 12 and a faint background, so beside its promise stands the bound of the fits themselves.
 
 # %%
 microscope = dp.Microscope(energy=300e3, convergence_angle=21.0, source_fwhm=0.7)
@@ -84,15 +85,17 @@ for name in ("given", "best"):
     scale = (np.asarray(found["dose_e_per_A2"]) * 0.3**2)[:, None, None]
     images = {d: np.maximum(library.series(n_atoms, found["defocus_A"] - d, along, along), 0) * scale for d in np.unique(depths)}
     counts = rng.poisson(np.stack([images[d] for d in depths]) + 1e-4 * scale)
-    errors = dp.fit_single_columns(counts, np.full(len(depths), n_atoms), library, series).depth - depths
-    spread[name] = errors.std(), errors.std() / np.sqrt(2 * len(errors))
-    print(f"{name:6s} series: errors' sd {spread[name][0]:.3f} ± {spread[name][1]:.3f} Å, bound promised {found['depth_sd_A']:.3f} Å")
+    fit = dp.fit_single_columns(counts, np.full(len(depths), n_atoms), library, series)
+    errors = fit.depth - depths
+    spread[name] = errors.std(), errors.std() / np.sqrt(2 * len(errors)), np.sqrt(np.mean(fit.crlb**2))
+    print(f"{name:6s} series: errors' sd {spread[name][0]:.3f} ± {spread[name][1]:.3f} Å, bound of these fits {spread[name][2]:.3f} Å, promised {found['depth_sd_A']:.3f} Å")
 
 # %% [markdown]
 # ## Angles too
 #
 # A wider convergence angle shortens the depth of field, a detector that begins lower catches more electrons. A fifth of the dose stays on the given foci,
-# for drift, counts and goodness of fit.
+# for drift, counts and goodness of fit. All together the paper's precision takes less than a third of its dose. After these few
+# steps the angle is still on its way: the landscape falls on to the end of the range.
 
 # %%
 if not SMALL:
@@ -121,37 +124,60 @@ print("type in: " + "; ".join(f"{f:+.0f} Å {d:.0f} e/Å²" for f, d in zip(foun
 # %% [markdown]
 # ## Larger convergence angles
 #
-# Bounds at fixed foci and dose, the detector beginning at 48 mrad or at 1.5 times the convergence angle, with a flat phase and with residual aberrations. The
-# direct beam must not fall on the detector; `atom_bounds_by_angle` refuses that. One pass of waves serves all of it.
+# The paper expects a larger convergence angle to help, given a flat phase. Bounds for a column of six atoms and for its single atoms, at the paper's foci and
+# dose, from 15 to 60 mrad. Two detectors: one that begins at 48 mrad, and one that begins at 1.5 times the convergence angle (30 mrad at least), since the direct beam
+# must not fall on it; `atom_bounds_by_angle` refuses that. Three lenses: a flat phase; and residual C3 = 1 µm, or C5 = 1 mm, which turn the phase by a quarter of pi at
+# 32 and at 34 mrad, and by 10 and 25 radians at 60. One pass of waves serves all of it.
 
 # %%
-angles = [15.0, 30.0, 15.0, 30.0] if SMALL else [15.0, 21.0, 30.0, 40.0, 21.0, 30.0, 40.0, 50.0, 60.0]
+n_few = 2 if SMALL else 6
+angles = [15.0, 30.0, 15.0, 30.0] if SMALL else [15.0, 21.0, 30.0, 40.0, 15.0, 21.0, 30.0, 40.0, 50.0, 60.0]
 n_fixed = 2 if SMALL else 4
 annuli = [[48.0, 180.0] if i < n_fixed else [max(1.5 * a, 30.0), 180.0] for i, a in enumerate(angles)]
 lens = lambda **residual: dp.Microscope(energy=300e3, convergence_angle=21.0, source_fwhm=0.7, **residual)
-lenses = {"flat phase": lens(), "C3 = 1 µm": lens(spherical_aberration=1e4)} | ({} if SMALL else {"C5 = 1 mm": lens(aberrations={"C50_A": 1e7})})
+lenses = {"flat phase": lens(), "C3 = 1 µm": lens(spherical_aberration=1e4), "C5 = 1 mm": lens(aberrations={"C50_A": 1e7})}
 foci = np.arange(-200.0, 201.0, 40.0 if SMALL else 10.0)
-by_angle = dict(zip(lenses, atom_bounds_by_angle(dp.Column("Au", n_atoms, 4.08, 0.63), tuple(lenses.values()), angles, annuli, foci, 9612.0, 12.0), strict=True))
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-for (name, rows), colour in zip(by_angle.items(), ("black", "#0072B2", "#D55E00"), strict=False):
-    for part, style, policy in ((slice(None, n_fixed), "--", "from 48 mrad"), (slice(n_fixed, None), "-", "from 1.5 times the angle")):
-        axes[0].plot(angles[part], [r.column_sd for r in rows[part]], style, color=colour, marker="o", label=f"{name}, {policy}")
-        axes[1].semilogy(angles[part], [np.median(r.atom_sd) for r in rows[part]], style, color=colour, marker="o")
-axes[0].set(xlabel="convergence semi-angle (mrad)", ylabel="bound on the column's depth (Å)", ylim=(0, None))
-axes[1].set(xlabel="convergence semi-angle (mrad)", ylabel="bound on an atom's depth, median (Å)")
-axes[0].legend(fontsize=6)
+by_angle = dict(zip(lenses, atom_bounds_by_angle(dp.Column("Au", n_few, 4.08, 0.63), tuple(lenses.values()), angles, annuli, foci, 9612.0, 12.0), strict=True))
 for name, rows in by_angle.items():
     for angle, (inner, _), row in zip(angles, annuli, rows, strict=True):
-        print(f"{name:10s} {angle:3.0f} mrad, detector from {inner:5.1f} mrad: column {row.column_sd:.3f} Å, atoms " + " ".join(f"{sd:.0f}" for sd in row.atom_sd))
+        print(f"{name:10s} {angle:3.0f} mrad, detector from {inner:4.1f} mrad: column {row.column_sd:.3f} Å, atoms (Å) " + " ".join(f"{sd:.1f}" for sd in row.atom_sd))
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+for (name, rows), colour, marker, width in zip(by_angle.items(), ("black", "#0072B2", "#D55E00"), "osD", (5, 3, 1), strict=True):  # where they lie upon each other all are seen
+    for part, style, policy in ((slice(None, n_fixed), "--", "detector from 48 mrad"), (slice(n_fixed, None), "-", "from 1.5 times the angle")):
+        axes[0].plot(angles[part], [r.column_sd for r in rows[part]], style, color=colour, lw=width, marker=marker, ms=width + 3, label=f"{name}, {policy}")
+        axes[1].semilogy(angles[part], [np.median(r.atom_sd) for r in rows[part]], style, color=colour, lw=width, marker=marker, ms=width + 3)
+axes[0].set(xlabel="convergence semi-angle (mrad)", ylabel="bound on the column's depth (Å)", ylim=(0, None))
+axes[1].set(xlabel="convergence semi-angle (mrad)", ylabel="bound on an atom's depth, median (Å)")
+axes[0].legend(fontsize=7, handlelength=4, loc="lower left")
+
+# %% [markdown]
+# A larger angle helps, as the paper expects. With the detector from 48 mrad the bound on the column's depth halves from 15 to 40 mrad, 0.49 to 0.24 Å. With the detector that keeps clear of the
+# beam it falls from 0.36 to 0.21 Å at 50 mrad, and no further: at 60 mrad that detector begins at 90 mrad and what it no longer sees costs more than the shorter depth of
+# field gains. Single atoms gain far more, a median of 207 Å at 15 mrad but 2.2 Å at 50, where each of the six is bounded more closely than the 4.08 Å between them. The foci
+# are the paper's, 10 Å apart, at every angle: coarse for a depth of field of 8 Å at 50 mrad.
+#
+# The phase need not be flat for it: up to 50 mrad either aberration moves the column's bound by less than 2 %, for a series through focus finds a sharp probe at another focus. At 60 mrad C5 = 1 mm is
+# too much for that and costs 46 %. Focal spread and aberrations that are not round are left out here.
 
 # %%
 assert timing["gain_in_dose"] > 1.1
 np.testing.assert_allclose(timing["total_dose_for_target_e_per_A2"]["given"], timing["gain_in_dose"] * timing["total_dose_for_target_e_per_A2"]["best"], rtol=1e-9)
-assert by_angle["flat phase"][1].column_sd < by_angle["flat phase"][0].column_sd  # a wider aperture sections better
-assert all(row.atom_sd.min() > row.column_sd for rows in by_angle.values() for row in rows)
+column_sd = {name: np.array([row.column_sd for row in rows]) for name, rows in by_angle.items()}
+flat, atoms_flat = column_sd["flat phase"], np.array([np.median(row.atom_sd) for row in by_angle["flat phase"]])
+assert np.all(np.diff(flat[:n_fixed]) < 0) and np.all(np.diff(atoms_flat[:n_fixed]) < 0)  # a wider aperture sections better
 assert all(by_ignorance[near]["gain_in_dose"] >= by_ignorance[wide]["gain_in_dose"] for near, wide in zip(sorted(by_ignorance)[:-1], sorted(by_ignorance)[1:], strict=True))
 for name in ("given", "best"):
-    sd, error = spread[name]
-    assert abs(sd / timing[name]["depth_sd_A"] - 1) < 0.03 + 3.5 * error / sd, name
+    sd, error, bound = spread[name]
+    assert abs(sd / bound - 1) < 0.01 + 3.5 * error / sd, name  # 0.01: notebook 05 finds 1.007 for ten atoms
+    assert SMALL or 1 <= bound / timing[name]["depth_sd_A"] < 1.07, name
 if not SMALL:
     assert timing["further_gain_in_dose_at_most"] < 1.01
+    assert everything["gain_in_dose"] > 3.5
+    np.testing.assert_allclose(flat[[0, 3, 4, 8, 9]], [0.489, 0.238, 0.358, 0.207, 0.221], rtol=0.01)
+    np.testing.assert_allclose(atoms_flat[[4, 8]], [207, 2.2], rtol=0.03)
+    assert by_angle["flat phase"][8].atom_sd.max() < 4.08
+    for name in ("C3 = 1 µm", "C5 = 1 mm"):
+        assert np.all(abs(column_sd[name][:9] / flat[:9] - 1) < 0.02), name
+    np.testing.assert_allclose(column_sd["C5 = 1 mm"][9] / flat[9], 1.46, rtol=0.02)
