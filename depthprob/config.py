@@ -30,8 +30,10 @@ NUISANCES = (
     "focus_step",
     "source_size",
 )
+CRLB_NUISANCES = (*NUISANCES, "focal_spread")
 DESIGN_VARIABLES = ("defocus", "dose", "convergence_angle", "detector")
 PRIORS = ("depth_A", "position_A", "gain", "background", "image_shift_A", "focus_offset_A", "focus_step", "source_variance_A2")
+CRLB_PRIORS = (*PRIORS, "focal_variance_A2")
 ABERRATIONS = tuple(
     f"C{n}{m}"
     for n, ms in {1: "2", 2: "13", 3: "024", 4: "135", 5: "0246"}.items()
@@ -206,13 +208,16 @@ def _key(default: Any, check: Check) -> Any:
 # The sections --------------------------------------------------------------------------------------
 
 
-def _prior_sd(name: str, value: Any) -> dict[str, float]:
-    if not isinstance(value, Mapping):
-        raise _fail(name, value, f"a table [{name}] of standard deviations")
-    for key in value:
-        if key not in PRIORS:
-            raise InputError(f"unknown key {key!r} in [{name}]. {_nearest(key, PRIORS)}")
-    return {key: _number(above=0.0)(f"{name}.{key}", entry) for key, entry in value.items()}
+def _prior_sd(known: tuple[str, ...]) -> Check:
+    def check(name: str, value: Any) -> dict[str, float]:
+        if not isinstance(value, Mapping):
+            raise _fail(name, value, f"a table [{name}] of standard deviations")
+        for key in value:
+            if key not in known:
+                raise InputError(f"unknown key {key!r} in [{name}]. {_nearest(key, known)}")
+        return {key: _number(above=0.0)(f"{name}.{key}", entry) for key, entry in value.items()}
+
+    return check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -451,7 +456,7 @@ class InferenceConfig:
     noise: str = _key("poisson", _choice(("poisson", "over_dispersed")))
     background: str = _key("constant", _choice(("constant", "smooth")))
     superposition: str = _key("auto", _choice(("auto", "corrected", "plain")))
-    prior_sd: dict[str, float] = _key({}, _prior_sd)
+    prior_sd: dict[str, float] = _key({}, _prior_sd(PRIORS))
     max_atoms: int | None = _key(None, _number(at_least=1, whole=True))
     samples: int = _key(500, _number(at_least=1, whole=True))
     chains: int = _key(2, _number(at_least=1, whole=True))
@@ -464,11 +469,15 @@ class InferenceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CrlbConfig:
-    """[crlb]: which bounds."""
+    """[crlb]: which bounds.
+
+    `prior_sd` are standard deviations of what is known beforehand; their precisions add to the information on the column's depth and the nuisances.
+    """
 
     atoms: bool = _key(True, _flag)
     max_atoms: int | None = _key(None, _number(at_least=1, whole=True))
-    nuisances: tuple[str, ...] = _key(("positions", "background"), _choices(NUISANCES))
+    nuisances: tuple[str, ...] = _key(("positions", "background"), _choices(CRLB_NUISANCES))
+    prior_sd: dict[str, float] = _key({}, _prior_sd(CRLB_PRIORS))
 
 
 def _columns(name: str, value: Any) -> tuple[tuple[int, float], ...]:

@@ -114,6 +114,8 @@ def test_a_descending_range_of_foci_is_fine():
         ({"inference": {"free": ["positons"]}}, ["'positions'"]),
         ({"inference": {"free": ["gain", "gain"]}}, ["once"]),
         ({"crlb": {"nuisances": "gain"}}, ["list"]),
+        ({"crlb": {"prior_sd": {"focal_varianc_A2": 1.0}}}, ["'focal_variance_A2'"]),
+        ({"crlb": {"prior_sd": {"depth_A": 0.0}}}, ["crlb.prior_sd.depth_A", "above 0"]),
     ],
 )
 def test_a_fault_is_named_with_what_was_given_and_what_is_allowed(raw, words):

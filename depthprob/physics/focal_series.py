@@ -4,6 +4,7 @@ A field is a sum of isolated columns. Every column is a dozen fixed images with 
 Fourier transform of an image is a matrix product, and the pixels are sampled from it exactly, whatever their size.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import equinox as eqx
@@ -202,6 +203,22 @@ def expected_counts(
     signal = column_signal(field, library, series, draw)
     fraction = field.gain[:, None, None] * signal + background_images(field, series)
     return counts_per_fraction(series) * fraction
+
+
+def counts_by_focal_variance(field: Field, library: ColumnLibrary, series: FocalSeries) -> Float[Array, "focus y x"]:
+    """Derivative of the expected counts by the variance of the focal spread [e/pixel/Å^2].
+
+    A spread of variance v averages over normal offsets of the focus. As heat in time, such a mean flows: its derivative by v is half
+    the second derivative by the offset, which the splines of the library give.
+    """
+    draw = renderer(library, series)
+
+    def counts(offset):
+        return expected_counts(dataclasses.replace(field, focus_offset=offset), library, series, draw)
+
+    slope = lambda offset: jax.jvp(counts, (offset,), (jnp.ones_like(offset),))[1]
+    offset = jnp.asarray(field.focus_offset, float)
+    return jax.jvp(slope, (offset,), (jnp.ones_like(offset),))[1] / 2
 
 
 def sample_counts(

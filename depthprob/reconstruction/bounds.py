@@ -6,9 +6,10 @@ import numpy as np
 
 from ..config import Config
 from ..inference.fisher import atom_information
-from ..inference.likelihood import depth_bounds, fisher_and_score, make_problem
-from ..physics.focal_series import Field, FocalSeries
+from ..inference.likelihood import crlb
+from ..physics.focal_series import Field, FocalSeries, counts_by_focal_variance
 from ..physics.gram import has_full_symmetry
+from .joint import PRIOR_OF
 from .libraries import column_of, detector_of, gram_for, library_of, microscope_of, read_variance_of, z_range_of
 from .pipeline import GAUGE
 
@@ -38,16 +39,21 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     zero = np.zeros(len(defocus))
     field_of_n = lambda n: Field(np.array([[centre, centre]]), np.array([n]), np.zeros(1), zero + 1e-7, zero + 1, np.zeros((len(defocus), 2)))
 
-    def bound(free, n=n):
-        problem = make_problem(np.zeros((len(defocus), *shape)), field_of_n(n), library, series, free, read_variance=read_variance_of(config))
-        return float(depth_bounds(fisher_and_score(problem.start, problem)[0], problem)[0])
+    known = config.crlb.prior_sd
+    prior_sd = {name: sd for word, sd in known.items() for name in PRIOR_OF[word]}
+
+    def bound(nuisances, n=n):
+        free = tuple(name for name in nuisances if name != "focal_spread")
+        beside = {name: counts_by_focal_variance(field_of_n(n), library, series) for name in nuisances if name not in free}
+        return float(crlb(field_of_n(n), library, series, free, read_variance_of(config), prior_sd, beside)[0])
 
     sets = [(name,) for name in config.crlb.nuisances] + [config.crlb.nuisances]
-    undefined = "focus_offset"
+    undefined = set() if "focus_offset_A" in known else {"focus_offset"}
     result = {
         "column_depth_sd_A": bound(()),
-        "column_depth_sd_with_nuisances_A": {"+".join(s): None if undefined in s else bound(s) for s in dict.fromkeys(sets) if s},
-        "undefined": "an isolated column's depth and a free focus offset cannot be told apart: bounds with focus_offset are null",
+        "column_depth_sd_with_nuisances_A": {"+".join(s): None if undefined & set(s) else bound(s) for s in dict.fromkeys(sets) if s},
+        "undefined": "an isolated column's depth and a free focus offset cannot be told apart: bounds with focus_offset are null" if undefined else None,
+        "prior_sd": known,
         "configurations": None if np.isinf(gram.configurations) else gram.configurations * gram.blocks.shape[0],
         "thermal_average": "in closed form, over infinitely many configurations" if np.isinf(gram.configurations) else config.thermal.model,
         "field_of_view_A": settings.field_of_view_A,

@@ -1,0 +1,99 @@
+"""Bounds of a column with more unknown than the library itself can move, and with something known beforehand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from depthprob.config import config_from_dict
+from depthprob.errors import InputError
+from depthprob.inference.likelihood import crlb
+from depthprob.physics.detector import AnnularDetector
+from depthprob.physics.focal_series import Field, FocalSeries, counts_by_focal_variance, expected_counts
+from depthprob.physics.library import library_from_gram
+from depthprob.physics.optics import Microscope
+from depthprob.physics.specimen import Column
+from depthprob.physics.thermal import thermal_gram
+from depthprob.reconstruction.bounds import column_crlb
+
+DEFOCUS = np.arange(-40.0, 121.0, 20.0)  # not even about the column: else depth and width would have nothing in common
+SERIES = FocalSeries(DEFOCUS, 0.3, np.full(len(DEFOCUS), 9612.0), (21, 21))
+LENS, NARROW = Microscope(3e5, 21.0, source_fwhm=0.7), AnnularDetector(48.0, 90.0)
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+
+def column_of(n):
+    return Field(np.array([[3.0, 3.0]]), np.array([n]), np.zeros(1), np.full(len(DEFOCUS), 1e-3), np.ones(len(DEFOCUS)), np.zeros((len(DEFOCUS), 2)))
+
+
+def settings(n_atoms, **crlb):
+    return config_from_dict({
+        "focal_series": {"defocus_start_A": -40.0, "defocus_stop_A": 120.0, "defocus_step_A": 20.0, "pixel_size_A": 0.3, "field_of_view_A": 6.0},
+        "detector": {"inner_mrad": 48.0, "outer_mrad": 90.0},
+        "specimen": {"n_atoms": n_atoms},
+        "thermal": {"model": "absorptive"},
+        "crlb": {"atoms": False} | crlb,
+    })  # fmt: skip
+
+
+def by_source_variance(field, library):
+    """Derivative of the expected counts by the variance of the source image."""
+    counts = lambda v: expected_counts(dataclasses.replace(field, source_variance=v), library, SERIES)
+    return np.asarray(jax.jvp(counts, (jnp.array(0.0),), (jnp.array(1.0),))[1])
+
+
+@pytest.fixture(scope="module")
+def gram():
+    return thermal_gram(Column("Au", 2, 4.08, 0.63), 3e5, 21.0, NARROW)
+
+
+def test_information_known_beforehand_adds(library):
+    alone = crlb(column_of(6), library, SERIES, ())[0]
+    np.testing.assert_allclose(crlb(column_of(6), library, SERIES, (), prior_sd={"depth": 0.3})[0], (alone**-2 + 0.3**-2) ** -0.5, rtol=1e-9)
+    unknown = crlb(column_of(6), library, SERIES, ("focus_step",))[0]
+    known = [crlb(column_of(6), library, SERIES, ("focus_step",), prior_sd={"focus_step": sd})[0] for sd in (1e-7, 0.02, 1e4)]
+    np.testing.assert_allclose([known[0], known[2]], [alone, unknown], rtol=1e-6)
+    assert alone < known[1] < unknown
+
+
+def test_a_prior_on_the_focus_offset_bounds_an_isolated_column(library):
+    # offset and depth are one and the same shift, so that their variances add
+    alone = crlb(column_of(6), library, SERIES, ())[0]
+    np.testing.assert_allclose(crlb(column_of(6), library, SERIES, ("focus_offset",), prior_sd={"focus_offset": 2.0})[0], np.hypot(alone, 2.0), rtol=1e-6)
+    with pytest.raises(InputError, match="prior_sd"):
+        crlb(column_of(6), library, SERIES, ("focus_offset",), prior_sd={"depth": 2.0})
+
+
+def test_an_unknown_given_by_its_derivative_costs_what_the_parameter_costs(library):
+    field = column_of(6)
+    expected = crlb(field, library, SERIES, ("background", "source_size"), 0.5, {"source_variance": 0.02})
+    found = crlb(field, library, SERIES, ("background",), 0.5, {"width": 0.02}, {"width": by_source_variance(field, library)})
+    np.testing.assert_allclose(found, expected, rtol=1e-5)  # derivatives in float32
+    assert expected > crlb(field, library, SERIES, ("background",), 0.5) * 1.001
+
+
+def test_focal_spread_is_diffusion_along_the_focus(gram):
+    # beside the images of two lenses of other spread, whose waves are damped by exp(-(pi lambda s)^2 (k^2 - k'^2)^2 / 2)
+    lens = lambda variance: dataclasses.replace(LENS, focal_spread=variance**0.5)
+    below, middle, above = (library_from_gram(gram, lens(v), (-60.0, 140.0)) for v in (0.0, 50.0, 100.0))
+    field = column_of(2)
+    counts = lambda library: np.asarray(expected_counts(field, library, SERIES), float)
+    found = np.asarray(counts_by_focal_variance(field, middle, SERIES))
+    # differences are off by (50 Å^2)^2 / 6 of the third derivative, splines by a part of their step squared
+    np.testing.assert_allclose(found, (counts(above) - counts(below)) / 100, atol=0.02 * abs(found).max())
+
+
+def test_the_config_says_what_is_known_beforehand():
+    def bounds(**known):
+        return column_crlb(settings(1, nuisances=["focus_offset", "focal_spread"], prior_sd=known))
+
+    vague, told = bounds(), bounds(focus_offset_A=2.0, focal_variance_A2=1e-4)
+    each = told["column_depth_sd_with_nuisances_A"]
+    assert vague["column_depth_sd_with_nuisances_A"]["focus_offset"] is None and vague["undefined"]
+    assert told["undefined"] is None and told["prior_sd"] == {"focus_offset_A": 2.0, "focal_variance_A2": 1e-4}
+    np.testing.assert_allclose(each["focus_offset"], np.hypot(told["column_depth_sd_A"], 2.0), rtol=1e-5)
+    np.testing.assert_allclose(each["focal_spread"], told["column_depth_sd_A"], rtol=1e-5)  # as good as known
+    assert vague["column_depth_sd_with_nuisances_A"]["focal_spread"] > 1.001 * each["focal_spread"]
