@@ -532,7 +532,12 @@ def _amplitude_sums(parameters: dict, problem: Problem, i: jax.Array):
 
 def rates(parameters: dict, problem: Problem) -> np.ndarray:
     """Expected counts (F, ny, nx), float32."""
-    return np.asarray(expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw))
+    return np.asarray(_rates(parameters, problem))
+
+
+@jax.jit
+def _rates(parameters: dict, problem: Problem) -> jax.Array:
+    return expected_counts(field_of(parameters, problem.n_atoms), problem.library, problem.series, problem.draw)
 
 
 def leverages(estimate: Estimate, problem: Problem) -> np.ndarray:

@@ -97,6 +97,7 @@ class ColumnLibrary(eqx.Module):
         """Depths of the crossover below the frame of the sweep, at which coefficients interpolate [Å]."""
         return self.z_start + self.z_step * np.arange(self.coefficients.shape[1] - 2)
 
+    @partial(jax.jit, inline=True)
     def weights(self, n: Int[Array, " column"], z: Float[Array, "column ..."]) -> Float[Array, "column ... rank"]:
         """Weights of the basis images for columns of n atoms at z = defocus - depth [Å], held constant outside `z_range`."""
         n_knots = self.coefficients.shape[1]
@@ -123,8 +124,7 @@ class ColumnLibrary(eqx.Module):
         """Images (Z, Y, X) of the column of n atoms at z = defocus - depth, at pixels x, y [Å] from the column; exact, by Fourier sum."""
         basis = at_points(np.asarray(self.images), self.pixel, x, y)
         z = np.atleast_1d(np.asarray(z, float))
-        weights = np.asarray(self.weights(jnp.array([n]), jnp.asarray(z)[None])[0])
-        return np.tensordot(weights, basis, 1)
+        return np.tensordot(np.asarray(self.weights(np.array([n]), z[None]))[0], basis, 1)
 
     def save(self, path: str | Path, **beside) -> None:
         """Write as npz, whole or not at all, with whatever arrays shall stand beside."""

@@ -4,6 +4,7 @@ import math
 import re
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, ScalarLike
 
@@ -83,6 +84,7 @@ def _order(name: str) -> tuple[str, int, int]:
     return kind, int(order[0]), int(order[1])
 
 
+@jax.jit
 def aberration_phase(
     microscope: Microscope, kx: Float[Array, "..."], ky: Float[Array, "..."], defocus: ScalarLike
 ) -> Float[Array, "..."]:
