@@ -30,7 +30,7 @@ def parts(n_columns: int):
 
     from depthprob.inference import local
     from depthprob.inference.arrow import ArrowFactor, plus_diagonal
-    from depthprob.inference.likelihood import make_problem, prior_curvature
+    from depthprob.inference.likelihood import make_problem, maximum, prior_curvature, to_vector
     from depthprob.inference.sampling import Whitened, nuts
     from depthprob.physics.detector import AnnularDetector
     from depthprob.physics.focal_series import Field, FocalSeries
@@ -54,8 +54,8 @@ def parts(n_columns: int):
     windows = local.plan_windows(library, large.series, np.asarray(large.start["depth"]))
     rate = local.rates(large.start, large, windows)
     matrix = local.select(local.information(large.start, large, rate), large)
-    size = sum(small.start[name].size for name in small.free)
-    target = Whitened(small, jnp.asarray(np.concatenate([np.ravel(small.start[n]) for n in small.free])), 1e-3 * jnp.eye(size))
+    estimate = maximum(small)
+    target = Whitened(small, jnp.asarray(to_vector(estimate.parameters, small)), jnp.asarray(estimate.factor))
     return {
         "score of all images": lambda: local.evaluate(large.start, large, windows),
         "Fisher matrix": lambda: local.information(large.start, large, rate),
