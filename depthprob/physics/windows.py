@@ -171,13 +171,11 @@ def overlap_windows(
         core, moved = _cores(n, z, library, draw)
         vx, uy = (_between(table, position, draw) for table, position in zip(tables, offset, strict=True))
         seen = jax.lax.dynamic_slice(layers, (0, corner[0], corner[1]), (len(layers), side, side))
-        # every order of y with every order of x, in two products
-        orders, _, k = uy.shape
-        rows = (seen.reshape(-1, side) @ jnp.moveaxis(vx, 0, 1).reshape(side, -1)).reshape(len(layers), side, -1)
-        both = jnp.einsum("yk,ayl->akl", jnp.moveaxis(uy, 0, 1).reshape(side, -1), rows).reshape(len(layers), orders, k, orders, -1)
-        kinds = [(core, both[:, 0, :, 0]), (moved, both[:, 0, :, 0]), (core, -both[:, 0, :, 1]), (core, -both[:, 1, :, 0])]
+        along_y = [jnp.einsum("yk,ayx->akx", u, seen) for u in uy]
+        of = lambda y, x: along_y[y] @ vx[x]  # orders of the derivatives
+        kinds = [(core, of(0, 0)), (moved, of(0, 0)), (core, -of(0, 1)), (core, -of(1, 0))]
         if widening_too:
-            kinds.append((core, (both[:, 0, :, 2] + both[:, 2, :, 0]) / 2))
+            kinds.append((core, (of(0, 2) + of(2, 0)) / 2))
         return jnp.stack([jnp.einsum("kl,akl->a", c, p) for c, p in kinds])
 
     return jax.lax.map(one, (n_atoms, z, offset, corners), batch_size=BATCH)
