@@ -27,7 +27,7 @@ from depthprob.inference.likelihood import (
     to_vector,
 )
 from depthprob.inference.posterior import infer, to_arviz
-from depthprob.inference.sampling import Whitened, best_normal, nuts
+from depthprob.inference.sampling import WARMUP, Whitened, best_normal, nuts
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.plotting import plot_ranks
 
@@ -190,6 +190,13 @@ def test_svi_and_nuts_agree_in_mean_and_spread(problem):
     effective = effective_sample_size(squares.T.reshape(chain.draws.shape))
     assert np.all(abs(a.mean(1) - b.mean(1)) < 5 * np.sqrt(1 / 2000 + 1 / effective))
     assert np.all(abs(a.std(1) / b.std(1) - 1) < 0.02 + 5 * np.sqrt((1 / 2000 + 1 / effective) / 2))  # 2 %: where the normal's fit stops
+
+
+@pytest.mark.parametrize("size", [20, 300])
+def test_every_chain_finds_its_step_within_the_default_warmup(size):
+    normal = Whitened(None, jnp.zeros(size), jnp.eye(size), lambda theta, _: -theta @ theta / 2)
+    accepted = nuts(normal, jax.random.key(0), 40, 6, WARMUP)[1]["acceptance_rate"].mean(1)
+    assert (accepted > 0.5).all() and (accepted < 0.97).all()
 
 
 class Interrupted(Exception):

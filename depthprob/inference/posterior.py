@@ -23,7 +23,7 @@ from ..storage import HDF5_OVERHEAD, atomic_write
 from . import local
 from .arrow import ArrowFactor
 from .likelihood import GLOBAL, PER_COLUMN, SMOOTH, Estimate, Problem, field_of, from_vector, image_log_likelihoods, maximum, to_vector
-from .sampling import Whitened, best_normal, nuts
+from .sampling import WARMUP, Whitened, best_normal, nuts
 
 LARGE = 200  # columns beyond which fields are fitted window by window
 
@@ -60,7 +60,7 @@ def infer(
     key: jax.Array | None = None,
     samples: int = 500,
     chains: int = 2,
-    warmup: int = 80,
+    warmup: int = WARMUP,
     estimate: Estimate | None = None,
     progress_bar: bool = True,
     checkpoint: Path | None = None,
@@ -76,7 +76,7 @@ def infer(
     key : PRNG key
         Randomness of draws.
     warmup : int
-        Draws of each chain in which NUTS finds its step; with 40 some chains were left with steps they accept one in seven times.
+        Draws of each chain in which NUTS finds its step.
     checkpoint : path, optional
         Where NUTS keeps its state, and goes on from after an interruption (`sampling.nuts`).
     """

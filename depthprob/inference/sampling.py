@@ -7,8 +7,9 @@ import hashlib
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,23 +20,36 @@ from numpyro.infer.hmc import hmc
 from .. import processes
 from ..devices import SPREAD, WHOLE, on_all, spread
 from ..storage import load_checkpoint, save_checkpoint
-from .likelihood import Problem, from_vector, log_posterior
+from .likelihood import objective
 
 BLOCK = 10  # draws between two looks at the progress and two states written
+WARMUP = 20  # draws, by default
+ADAPTING = 19  # draws; from 20 on NumPyro begins anew with its step where a tenth of the warm-up is left, and may end with a far too large one
+STEP = 1.75  # times P^(-1/4): a leapfrog's step that is accepted four times in five for a normal of P dimensions
 FIELDS = {"diverging": "diverging", "accept_prob": "acceptance_rate", "num_steps": "n_steps", "energy": "energy"}
 
 
-class Whitened(NamedTuple):
-    """A posterior and the coordinates it is sampled in: centre (P,), scale (P, P)."""
+class Whitened(eqx.Module):
+    """A posterior and the coordinates it is sampled in.
 
-    problem: Problem
+    Attributes
+    ----------
+    model : pytree
+    centre : (P,)
+    scale : (P, P)
+    density : function
+        Log density of parameters (P,) given the model.
+    """
+
+    model: Any
     centre: Float[Array, " p"]
     scale: Float[Array, "p p"]
+    density: Callable = eqx.field(static=True, default=objective)
 
 
 def log_density(z: Float[Array, " p"], target: Whitened) -> Float[Array, ""]:
     """Log-posterior at whitened coordinates; the Jacobian is constant and left out."""
-    return log_posterior(from_vector(target.centre + target.scale @ z, target.problem), target.problem)
+    return target.density(target.centre + target.scale @ z, target.model)
 
 
 # NUTS ------------------------------------------------------------------------------------------------------------------------
@@ -45,15 +59,15 @@ def log_density(z: Float[Array, " p"], target: Whitened) -> Float[Array, ""]:
 def _kernel(warmup: int, devices: int):
     """NumPyro's NUTS: start(key, z, target) of one chain and block(states, target), which makes `BLOCK` draws of a chain on each device, both compiled.
 
-    The mass matrix is the identity by construction; only the step is adapted, which takes few draws.
+    The mass matrix is the identity by construction; only the step is adapted, about one that suits a normal (NumPyro searches about ten times its start).
     """
     start_kernel, step = hmc(potential_fn_gen=lambda target: lambda z: -log_density(z, target), algo="NUTS")
 
     @jax.jit
     def start(key, z, target):
-        return start_kernel(
-            z, warmup, step_size=0.4, adapt_mass_matrix=False, target_accept_prob=0.7, max_tree_depth=4, model_args=(target,), rng_key=key
-        )  # fmt: skip
+        step = STEP * len(z) ** -0.25 / (10 if warmup else 1)
+        adapting = min(warmup, ADAPTING)
+        return start_kernel(z, adapting, step_size=step, adapt_mass_matrix=False, target_accept_prob=0.7, max_tree_depth=4, model_args=(target,), rng_key=key)
 
     def own(states, target):
         def one(state, _):
