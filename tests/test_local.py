@@ -3,13 +3,17 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpyro.diagnostics import effective_sample_size
+from scipy.stats import poisson
 
-from depthprob.inference import likelihood, local
+from depthprob.errors import InputError
+from depthprob.inference import density, likelihood, local
 from depthprob.inference.arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
-from depthprob.inference.likelihood import fisher_and_score, goodness_of_fit, make_problem
-from depthprob.inference.posterior import infer
+from depthprob.inference.likelihood import fisher_and_score, from_vector, goodness_of_fit, make_problem, objective, prior_slope, to_vector
+from depthprob.inference.posterior import infer, to_arviz
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 
 DEFOCUS = np.arange(-160.0, 161.0, 40.0)
@@ -61,6 +65,9 @@ def test_arrow_factor_solves_inverts_and_draws():
     np.testing.assert_allclose(np.cov(draws.T), inverse, atol=0.02 * np.diag(inverse).max())
     extra = rng.uniform(1, 2, matrix.size)
     np.testing.assert_allclose(plus_diagonal(matrix, extra).dense(), dense + np.diag(extra), atol=1e-12)
+    scale = np.array([factor.scale() @ e for e in jnp.eye(matrix.size)]).T
+    np.testing.assert_allclose(scale @ scale.T, inverse, rtol=1e-9, atol=1e-12 * np.diag(inverse).max())
+    np.testing.assert_allclose(factor.coloured(right[None])[0], scale @ right, rtol=1e-10)
 
 
 @pytest.mark.parametrize("period", [None, 50.0])
@@ -132,3 +139,52 @@ def test_laplace_draws_have_the_estimates_covariance(problem):
     np.testing.assert_allclose(posterior.of("depth").reshape(-1, 72).std(0), estimate.sd("depth"), rtol=0.12)
 
 
+def test_density_and_its_gradient_are_those_of_the_dense_likelihood(problem, monkeypatch):
+    """Near a mode, and with all columns further from there than their windows stay behind."""
+    monkeypatch.setattr(local, "CLASSES", 1)  # quick to compile
+    field = density.windowed(problem.start, problem)
+    covariance = np.linalg.inv(fisher_and_score(problem.start, problem)[0] + likelihood.prior_precision(problem))
+    shift = np.concatenate([np.full(problem.start[name].size, 0.3 * (name == "x")) for name in problem.free])
+    assert shift.max() > density.ROOM * problem.series.pixel_size
+    columns = slice(0, 3 * len(problem.n_atoms))
+    near = to_vector(problem.start, problem) + np.linalg.cholesky(covariance) @ np.random.default_rng(3).normal(size=len(shift))
+    value_and_slope = jax.jit(jax.value_and_grad(density.log_posterior))
+    for vector in (jnp.asarray(near), jnp.asarray(near + shift)):
+        value, slope = value_and_slope(vector, field)
+        expected = fisher_and_score(from_vector(vector, problem), problem)[1] + np.asarray(prior_slope(vector, problem))
+        step = covariance @ (np.asarray(slope) - expected) / np.sqrt(np.diag(covariance))
+        assert abs(step[columns]).max() < 0.03 and abs(step).max() < 0.06  # standard deviations: what windows cut off moves the backgrounds
+        assert value == pytest.approx(float(objective(vector, problem)), abs=3.0)
+
+
+@pytest.mark.slow
+def test_nuts_of_a_windowed_field_agrees_with_its_normal_and_resumes(library, monkeypatch, tmp_path):
+    monkeypatch.setattr(local, "CLASSES", 1)
+    rng = np.random.default_rng(1)
+    positions, foci = np.array([[4.0, 4.0], [6.04, 4.0], [4.0, 6.04], [6.04, 6.04]]), np.linspace(-60.0, 60.0, 5)
+    field = Field(positions, np.array([3, 7, 5, 10]), rng.normal(0, 5, 4), np.full(5, 2e-3), np.ones(5), np.zeros((5, 2)))
+    series = FocalSeries(foci, 0.4, np.full(5, 2e4), (26, 26))
+    counts = rng.poisson(np.asarray(expected_counts(field, library, series), float))
+    problem = make_problem(counts, field, library, series, dense=False)
+    estimate = local.maximum(problem)
+    run = lambda: infer(problem, "nuts", jax.random.key(2), 200, 2, estimate=estimate, progress_bar=False, checkpoint=tmp_path / "state.npz")
+    chains = run()
+    assert chains.diagnostics["divergences"] == 0
+    z = (chains.draws - to_vector(estimate.parameters, problem)) / np.sqrt(estimate.variances)
+    squares = (z - z.mean((0, 1))) ** 2
+    effective, of_squares = effective_sample_size(z), effective_sample_size(squares)
+    assert (abs(z.mean((0, 1))) < 0.05 + 4 / np.sqrt(effective)).all()  # 0.05: the mean is not the mode, where the posterior leans
+    assert abs(squares.mean() - 1) < 0.02 + 4 * np.sqrt(2 / np.median(of_squares) / len(of_squares))
+    again = run()
+    assert again.diagnostics["resumed_at_draw"] == 2 * (200 + chains.diagnostics["warmup"])
+    np.testing.assert_array_equal(again.draws, chains.draws)
+    each = to_arviz(chains, problem)["log_likelihood"]["mean_counts"][1, 7]
+    whole = make_problem(counts, field, library, series)
+    rate = likelihood.rates(from_vector(jnp.asarray(chains.draws[1, 7]), whole), whole)
+    np.testing.assert_allclose(each, poisson.logpmf(counts, np.asarray(rate, float)).sum((1, 2)), atol=0.02)
+
+
+def test_the_best_normal_of_a_large_field_is_refused(problem):
+    estimate = likelihood.Estimate(problem.start, np.ones(3), ArrowFactor(arrow_matrix(np.random.default_rng(0))), None, [], 0.0, 1, True)
+    with pytest.raises(InputError, match="'svi' fits fields of up to 200 columns; this one has 72"):
+        infer(problem, "svi", estimate=estimate)

@@ -7,7 +7,9 @@ and draws cost a time linear in the field's length and cubic in its width. Float
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from scipy.linalg import cholesky, solve_triangular
 
 
@@ -114,8 +116,11 @@ class ArrowFactor:
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """Normal draws (n, size) with this precision."""
-        z = rng.standard_normal((len(self.order) + len(self.corner), n))
-        return self._finish(z[: len(self.order)], z[len(self.order) :]).T
+        return self.coloured(rng.standard_normal((len(self.order) + len(self.corner), n)).T)
+
+    def coloured(self, z: np.ndarray) -> np.ndarray:
+        """Numbers (n, size) with this precision, of independent standard normal ones."""
+        return self._finish(z.T[: len(self.order)], z.T[len(self.order) :]).T
 
     def _finish(self, y: np.ndarray, tail: np.ndarray) -> np.ndarray:
         """Solve L^T x = (y, tail), back in the order of the full vector."""
@@ -125,13 +130,18 @@ class ArrowFactor:
         out[self.order] = self._backward(y - self.border @ out[m:])
         return out
 
+    def scale(self) -> "ArrowScale":
+        inverse = lambda factor: jnp.asarray(_inverse(factor).T)
+        below = [jnp.asarray(block.T) for block in self.below]
+        return ArrowScale(jnp.asarray(self.order), [inverse(f) for f in self.factors], below, jnp.asarray(self.border), inverse(self.corner))
+
     def variances(self) -> np.ndarray:
         """Diagonal of the inverse (size,)."""
         m, last = len(self.order), len(self.factors) - 1
         inner = np.empty(m)
         block = None
         for s in range(last, -1, -1):
-            inverse = solve_triangular(self.factors[s], np.eye(len(self.factors[s])), lower=True, check_finite=False)
+            inverse = _inverse(self.factors[s])
             if s == last:
                 block = inverse.T @ inverse
             else:
@@ -144,6 +154,42 @@ class ArrowFactor:
         out[self.order] = inner + ((solved @ corner.T) ** 2).sum(1)
         out[m:] = (corner**2).sum(0)
         return out
+
+
+def _inverse(lower: np.ndarray) -> np.ndarray:
+    return solve_triangular(lower, np.eye(len(lower)), lower=True, check_finite=False)
+
+
+class ArrowScale(NamedTuple):
+    """`ArrowFactor.coloured` for compiled functions: a pytree, with `scale @ z` for one z (size,).
+
+    Attributes
+    ----------
+    order : (m,) int
+    inverse : list over strips of (m_s, m_s)
+        Of the transposed factors.
+    below : list over strips but the last of (m_s, m_{s+1})
+        Transposed blocks below them.
+    border : (m, k)
+    corner : (k, k)
+        Inverse of the transposed factor.
+    """
+
+    order: Array
+    inverse: list
+    below: list
+    border: Array
+    corner: Array
+
+    def __matmul__(self, z: Array) -> Array:
+        """L^-T z, in the order of the full vector."""
+        m = len(self.order)
+        tail = self.corner @ z[m:]
+        right, parts = z[:m] - self.border @ tail, []
+        for inverse, below in zip(self.inverse[::-1], [None, *self.below[::-1]], strict=True):
+            right, own = jnp.split(right, [len(right) - len(inverse)])
+            parts.append(inverse @ (own if below is None else own - below @ parts[-1]))
+        return jnp.concatenate([jnp.zeros(m, z.dtype).at[self.order].set(jnp.concatenate(parts[::-1])), tail])
 
 
 def strips(along: np.ndarray, width: float, period: float | None = None) -> list[np.ndarray]:

@@ -99,8 +99,8 @@ def window_radius(library: ColumnLibrary, z: float, faint: float = FAINT) -> flo
     return min(largest, library.pixel * min(n_x, n_y) / 2)
 
 
-def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray, faint: float = FAINT) -> list[Window]:
-    """Group images by the size of window that the farthest column from each focus needs."""
+def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray, faint: float = FAINT, room: float = 0.0) -> list[Window]:
+    """Group images by the size of window that the farthest column from each focus needs; `room` as of `window_renderer`."""
     defocus = np.asarray(series.defocus)
     farthest = np.maximum(abs(defocus - np.min(depths)), abs(defocus - np.max(depths))) + 5.0
     ends = np.linspace(0, farthest.max(), CLASSES + 1)[1:]
@@ -109,8 +109,14 @@ def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray
         images = np.flatnonzero((farthest > low) & (farthest <= high * (1 + 1e-9)))
         if len(images):
             half = int(np.ceil(window_radius(library, high, faint) / series.pixel_size)) + 1
-            found.append(Window(images, half, window_renderer(library, series.pixel_size, half, high)))
+            found.append(Window(images, half, window_renderer(library, series.pixel_size, half, high, room)))
     return found
+
+
+def windows_about(parameters: dict, problem: Problem, room: float = 0.0) -> list[Window]:
+    """Windows that serve while depths move by 30 Å: what they cut off goes to the backgrounds, so a fit keeps them from its first step to its last."""
+    depth = np.asarray(parameters["depth"])
+    return plan_windows(problem.library, problem.series, np.array([depth.min() - 30, depth.max() + 30]), room=room)
 
 
 @partial(jax.jit, static_argnames=("derivatives", "widening_too"))
@@ -584,7 +590,7 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
         windows = plan_windows(problem.library, problem.series, np.array([-70.0, 70.0]))
         tried = [parameters | {"depth": parameters["depth"] + d} for d in np.arange(-60, 61, 20.0)]
         parameters = max(progress(tried, desc="common depth", unit="depth"), key=lambda p: evaluate(p, problem, windows, np.arange(len(problem.series.defocus))[::4], derivatives=False).log_likelihood)
-    windows = plan_windows(problem.library, problem.series, np.array([parameters["depth"].min() - 30, parameters["depth"].max() + 30]))
+    windows = windows_about(parameters, problem)
 
     def look(parameters: dict) -> _At:
         sums = evaluate(parameters, problem, windows)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..physics.focal_series import expected_counts
 from ..storage import HDF5_OVERHEAD, atomic_write
-from . import local
+from . import density, local
 from .arrow import ArrowFactor
 from .likelihood import GLOBAL, PER_COLUMN, SMOOTH, Estimate, Problem, field_of, from_vector, image_log_likelihoods, maximum, to_vector
 from .sampling import WARMUP, Whitened, best_normal, nuts
@@ -83,22 +83,25 @@ def infer(
     start = time.perf_counter()
     key = jax.random.key(0) if key is None else key
     estimate = maximum(problem) if estimate is None else estimate
-    if method in ("nuts", "svi") and isinstance(estimate.factor, ArrowFactor):
-        raise InputError(
-            f"method {method!r} samples fields of up to {LARGE} columns; this one has {len(problem.n_atoms)}. Take method = \"laplace\", or crop the stack."
-        )
-    mode = to_vector(estimate.parameters, problem)
-    factor = estimate.factor
+    mode, factor = to_vector(estimate.parameters, problem), estimate.factor
+    large = isinstance(factor, ArrowFactor)
+    if method == "svi" and large:
+        raise InputError(f"method 'svi' fits fields of up to {LARGE} columns; this one has {len(problem.n_atoms)}. Take method = \"laplace\" or \"nuts\", or crop the stack.")
     draws, statistics, extra = None, {}, {}
-    if method == "laplace" and isinstance(factor, ArrowFactor):
+    progress = partial(tqdm, disable=not progress_bar)
+    if method == "laplace" and large:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         draws = mode + factor.draw(rng, chains * samples).reshape(chains, samples, -1)
     elif method == "laplace":
         z = np.asarray(jax.random.normal(key, (chains, samples, len(mode))), float)
         draws = mode + z @ factor.T
+    elif method == "nuts" and large:
+        with jax.enable_x64(True):
+            target = Whitened(density.windowed(estimate.parameters, problem), jnp.asarray(mode), factor.scale(), density.log_posterior)
+            z, statistics, extra = nuts(target, key, samples, chains, warmup, checkpoint, progress, block=1)
+        draws = mode + factor.coloured(z.reshape(-1, len(mode))).reshape(z.shape)
     elif method in ("nuts", "svi"):
         target = Whitened(problem, jnp.asarray(mode), jnp.asarray(factor))
-        progress = partial(tqdm, disable=not progress_bar)
         if method == "nuts":
             z, statistics, extra = nuts(target, key, samples, chains, warmup, checkpoint, progress)
         else:
@@ -118,7 +121,7 @@ def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     """ArviZ groups with named dims and units: whatever the installed ArviZ uses (InferenceData, or DataTree since 1.0).
 
     posterior (draws of every free parameter; gain and background as themselves), sample_stats, posterior_predictive (mean counts of
-    each image over draws, for at most 100 of them; of a large field at the mode), log_likelihood (of each image, for every draw; not of a large field),
+    each image over draws, for at most 100 of them), log_likelihood (of each image, for every draw), of a large field after NUTS alone, else counts at the mode;
     observed_data (mean counts of each image), constant_data. With `relative` each draw's depths have mean zero.
     """
     draws = posterior.draws if posterior.draws is not None else to_vector(posterior.estimate.parameters, problem)[None, None]
@@ -145,13 +148,20 @@ def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     if posterior.statistics:
         groups["sample_stats"] = xr.Dataset({k: (("chain", "draw"), v) for k, v in posterior.statistics.items()}, {k: coords[k] for k in ("chain", "draw")})
     flat = draws.reshape(-1, draws.shape[-1])
-    chosen = flat[np.linspace(0, len(flat) - 1, min(100, len(flat))).astype(int)]
-    if problem.draw is None:
-        mean = np.tile(local.rates(posterior.estimate.parameters, problem).mean((1, 2), dtype=float), (len(chosen), 1))
+    picked = np.linspace(0, len(flat) - 1, min(100, len(flat))).astype(int)
+    chosen = flat[picked]
+    each = None
+    if problem.draw is not None:
+        mean, each = np.asarray(_mean_counts(jnp.asarray(chosen), problem), float), _log_likelihoods(jnp.asarray(flat), problem)
+    elif posterior.statistics:
+        with jax.enable_x64(True):
+            each, mean = _images_of_large(jnp.asarray(flat), density.windowed(posterior.estimate.parameters, problem))
+        mean = np.asarray(mean)[picked]
     else:
-        mean = np.asarray(_mean_counts(jnp.asarray(chosen), problem), float)
-        each = np.asarray(_log_likelihoods(jnp.asarray(flat), problem)) - _count_terms(problem)
-        groups["log_likelihood"] = xr.Dataset({"mean_counts": (("chain", "draw", "image"), each.reshape(*draws.shape[:2], -1))}, {k: coords[k] for k in ("chain", "draw", "image")})
+        mean = np.tile(local.rates(posterior.estimate.parameters, problem).mean((1, 2), dtype=float), (len(chosen), 1))
+    if each is not None:
+        values = (np.asarray(each) - _count_terms(problem)).reshape(*draws.shape[:2], -1)
+        groups["log_likelihood"] = xr.Dataset({"mean_counts": (("chain", "draw", "image"), values)}, {k: coords[k] for k in ("chain", "draw", "image")})
     n_pixels = np.prod(problem.series.shape)
     rng, pulse = np.random.default_rng(0), float(problem.dispersion)
     predicted = pulse * rng.poisson(mean * n_pixels / pulse) / n_pixels + rng.normal(0, np.sqrt(pulse * float(problem.read_variance) / n_pixels), mean.shape)
@@ -172,6 +182,11 @@ def _mean_counts(vectors: jax.Array, problem: Problem) -> jax.Array:
     """Mean expected counts of each image (draw, F)."""
     one = lambda v: expected_counts(field_of(from_vector(v, problem), problem.n_atoms), problem.library, problem.series, problem.draw).mean((1, 2))
     return jax.lax.map(one, vectors)
+
+
+@jax.jit
+def _images_of_large(vectors: jax.Array, field: density.WindowedField) -> tuple[jax.Array, jax.Array]:
+    return jax.lax.map(lambda v: density.of_images(v, field), vectors)
 
 
 @jax.jit

@@ -20,10 +20,12 @@ from numpyro.infer.hmc import hmc
 from .. import processes
 from ..devices import SPREAD, WHOLE, on_all, spread
 from ..storage import load_checkpoint, save_checkpoint
+from .arrow import ArrowScale
 from .likelihood import objective
 
 BLOCK = 10  # draws between two looks at the progress and two states written
 WARMUP = 20  # draws, by default
+TREE = 4  # doublings of a draw's path at most
 ADAPTING = 19  # draws; from 20 on NumPyro begins anew with its step where a tenth of the warm-up is left, and may end with a far too large one
 STEP = 1.75  # times P^(-1/4): a leapfrog's step that is accepted four times in five for a normal of P dimensions
 FIELDS = {"diverging": "diverging", "accept_prob": "acceptance_rate", "num_steps": "n_steps", "energy": "energy"}
@@ -36,14 +38,14 @@ class Whitened(eqx.Module):
     ----------
     model : pytree
     centre : (P,)
-    scale : (P, P)
+    scale : (P, P) array or ArrowScale
     density : function
         Log density of parameters (P,) given the model.
     """
 
     model: Any
     centre: Float[Array, " p"]
-    scale: Float[Array, "p p"]
+    scale: Float[Array, "p p"] | ArrowScale
     density: Callable = eqx.field(static=True, default=objective)
 
 
@@ -56,8 +58,8 @@ def log_density(z: Float[Array, " p"], target: Whitened) -> Float[Array, ""]:
 
 
 @lru_cache
-def _kernel(warmup: int, devices: int):
-    """NumPyro's NUTS: start(key, z, target) of one chain and block(states, target), which makes `BLOCK` draws of a chain on each device, both compiled.
+def _kernel(warmup: int, devices: int, length: int):
+    """NumPyro's NUTS: start(key, z, target) of one chain and block(states, target), which makes `length` draws of a chain on each device, both compiled.
 
     The mass matrix is the identity by construction; only the step is adapted, about one that suits a normal (NumPyro searches about ten times its start).
     """
@@ -67,7 +69,7 @@ def _kernel(warmup: int, devices: int):
     def start(key, z, target):
         step = STEP * len(z) ** -0.25 / (10 if warmup else 1)
         adapting = min(warmup, ADAPTING)
-        return start_kernel(z, adapting, step_size=step, adapt_mass_matrix=False, target_accept_prob=0.7, max_tree_depth=4, model_args=(target,), rng_key=key)
+        return start_kernel(z, adapting, step_size=step, adapt_mass_matrix=False, target_accept_prob=0.7, max_tree_depth=TREE, model_args=(target,), rng_key=key)
 
     def own(states, target):
         def one(state, _):
@@ -75,7 +77,7 @@ def _kernel(warmup: int, devices: int):
             return state, _recorded(state)
 
         alone = jax.tree.map(lambda a: a[0], states)
-        return jax.tree.map(lambda a: a[None], jax.lax.scan(one, alone, length=BLOCK))
+        return jax.tree.map(lambda a: a[None], jax.lax.scan(one, alone, length=length))
 
     return start, jax.jit(spread(own, (SPREAD, WHOLE), devices))
 
@@ -100,24 +102,25 @@ def nuts(
     warmup: int,
     checkpoint: Path | None = None,
     progress: Callable = lambda items, **_: items,
+    block: int = BLOCK,
 ) -> tuple[np.ndarray, dict, dict]:
     """Draws (chain, draw, P), sample statistics (chain, draw) and diagnostics of NumPyro's No-U-Turn sampler, at a time as many chains as all processes have devices.
 
     Parameters
     ----------
     checkpoint : path, optional
-        The samplers' states and the draws so far are kept there after every `BLOCK` draws. A run of the same posterior, key and settings goes on from
+        The samplers' states and the draws so far are kept there after every `block` draws. A run of the same posterior, key and settings goes on from
         them, on any number of devices, and ends, bit by bit, where an undisturbed one ends; a file of anything else, or a damaged one, is written over.
     """
     devices = processes.devices_for(chains)
     width = devices * jax.process_count()
-    start, block = _kernel(warmup, devices)
-    blocks = -(-(warmup + samples) // BLOCK)
+    start, advance = _kernel(warmup, devices, block)
+    blocks = -(-(warmup + samples) // block)
     keys = jax.random.split(key, 2 * chains).reshape(2, chains, *key.shape)
     begun = [start(jax.random.key_data(keys[0, c]), jax.random.normal(keys[1, c], target.centre.shape), target) for c in range(chains)]
-    digest = _digest((target, begun), f"{numpyro.__version__} {jax.__version__} {warmup} {BLOCK} chain by chain")
+    digest = _digest((target, begun), f"{numpyro.__version__} {jax.__version__} {warmup} {block} chain by chain")
     states = jax.tree.map(lambda *leaves: np.stack(leaves), *begun)
-    made = Chains(np.zeros(chains, int), states, tuple(np.zeros((chains, blocks * BLOCK, *leaf.shape[1:]), leaf.dtype) for leaf in _recorded(states)))
+    made = Chains(np.zeros(chains, int), states, tuple(np.zeros((chains, blocks * block, *leaf.shape[1:]), leaf.dtype) for leaf in _recorded(states)))
     if checkpoint and processes.is_first():
         _read_checkpoint(checkpoint, digest, made)
     made = processes.of_first(made)
@@ -126,15 +129,15 @@ def nuts(
     turns = _turns(blocks - made.done, width)
     for now in progress(turns, desc="NUTS", unit="block", initial=resumed // width, total=resumed // width + len(turns)):
         own = partial(np.take, indices=processes.own_part(now, devices), axis=0)
-        states, record = processes.gathered(block(jax.tree.map(own, made.states), target))
+        states, record = processes.gathered(advance(jax.tree.map(own, made.states), target))
         for row, c in enumerate(now):
             for kept, new in zip(jax.tree.leaves(made.states), jax.tree.leaves(states), strict=True):
                 kept[c] = new[row]
             for kept, new in zip(made.draws, record, strict=True):
-                kept[c, made.done[c] * BLOCK :][:BLOCK] = new[row]
+                kept[c, made.done[c] * block :][:block] = new[row]
             made.done[c] += 1
         if checkpoint and processes.is_first():
-            _write_checkpoint(checkpoint, digest, made)
+            _write_checkpoint(checkpoint, digest, made, made.done.max() * block)
     z, *others = (draws[:, warmup : warmup + samples] for draws in made.draws)
     z, statistics = z.astype(float), dict(zip(FIELDS.values(), others, strict=True))
     r_hat = numpyro.diagnostics.split_gelman_rubin(z) if samples >= 4 else np.full(z.shape[-1], np.nan)
@@ -143,13 +146,19 @@ def nuts(
         "chains": chains,
         "samples": samples,
         "warmup": warmup,
-        "resumed_at_draw": min(resumed * BLOCK, chains * (warmup + samples)),
+        "resumed_at_draw": min(resumed * block, chains * (warmup + samples)),
         "divergences": int(statistics["diverging"].sum()),
         "r_hat_max": float(np.max(r_hat)),
         "ess_min": float(np.min(ess)),
         "ess_median": float(np.median(ess)),
         "gradients_per_draw": float(np.mean(statistics["n_steps"])),
     }  # fmt: skip
+
+
+def gradients(samples: int, chains: int, warmup: int = WARMUP) -> int:
+    """How many one device computes at most, one after another."""
+    at_a_time = processes.devices_for(chains) * jax.process_count()
+    return -(-chains // at_a_time) * (warmup + samples) * (2**TREE - 1)
 
 
 def _turns(left: np.ndarray, width: int) -> list[list[int]]:
@@ -169,8 +178,7 @@ def _digest(tree, words: str) -> str:
     return digest.hexdigest()
 
 
-def _write_checkpoint(path: Path, digest: str, made: Chains) -> None:
-    until = made.done.max() * BLOCK
+def _write_checkpoint(path: Path, digest: str, made: Chains, until: int) -> None:
     draws = {f"draws_{i}": draws[:, :until] for i, draws in enumerate(made.draws)}
     save_checkpoint(path, digest=digest, done=made.done, **draws, **{f"state_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(made.states))})
 

@@ -48,8 +48,8 @@ class WindowRenderer(NamedTuple):
     first: jax.Array
 
 
-def window_renderer(library: ColumnLibrary, pixel: float, half: int, farthest: float) -> WindowRenderer:
-    """For windows of 2 half + 1 pixels of `pixel` Å and columns no farther than `farthest` Å from focus."""
+def window_renderer(library: ColumnLibrary, pixel: float, half: int, farthest: float, room: float = 0.0) -> WindowRenderer:
+    """For windows of 2 half + 1 pixels of `pixel` Å and columns no farther than `farthest` Å from focus, in the middle pixel or up to `room` pixels beyond its edges."""
     images = np.asarray(library.images, float)
     numbers = np.unique(np.linspace(1, library.n_max, 4).astype(int))
     z = np.linspace(-farthest, farthest, 33)
@@ -65,12 +65,12 @@ def window_renderer(library: ColumnLibrary, pixel: float, half: int, farthest: f
     cell = size * library.pixel
     q = np.arange(int(library.band_limit * cell) + 1) / cell
     spectrum = lambda a: (np.fft.rfft(a, axis=0)[: len(q)] * np.where(q > 0, 2.0, 1.0)[:, None] / size).T
-    steps = int(np.ceil(pixel / FINEST))
-    position = (half + np.arange(steps + 1) / steps) * pixel
+    steps = int(np.ceil((1 + 2 * room) * pixel / FINEST))
+    position = (half - room + (1 + 2 * room) * np.arange(steps + 1) / steps) * pixel
     t = np.arange(2 * half + 1) * pixel - position[:, None]
     waves = np.exp(2j * np.pi * t[..., None] * q) * (abs(t) <= cell / 2)[..., None]
     c64, f32 = lambda a: jnp.asarray(a, jnp.complex64), lambda a: jnp.asarray(a, jnp.float32)
-    return WindowRenderer(f32(u.T @ images @ v), c64(spectrum(u)), c64(spectrum(v)), c64(waves), f32(q), f32(pixel / steps), f32(position[0]))
+    return WindowRenderer(f32(u.T @ images @ v), c64(spectrum(u)), c64(spectrum(v)), c64(waves), f32(q), f32(position[1] - position[0]), f32(position[0]))
 
 
 @partial(jax.jit, static_argnames=("derivatives", "widening_too"))
@@ -179,6 +179,36 @@ def overlap_windows(
         return jnp.stack([jnp.einsum("kl,akl->a", c, p) for c, p in kinds])
 
     return jax.lax.map(one, (n_atoms, z, offset, corners), batch_size=BATCH)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def painted_image(
+    n_atoms: Int[Array, " column"],
+    z: Float[Array, " column"],
+    offset: Float[Array, "column 2"],
+    corners: Int[Array, "column 2"],
+    source_variance: Float[Array, ""],
+    library: ColumnLibrary,
+    draw: WindowRenderer,
+    shape: tuple[int, int],
+    widening_too: bool,
+) -> Float[Array, "y x"]:
+    """The image that `paint_windows` paints, with a gradient by z, offset and, `widening_too`, source variance that costs one `overlap_windows`."""
+    return paint_windows(n_atoms, z, offset, corners, source_variance, library, draw, shape, False)[0]
+
+
+def _painted_forwards(*given):
+    return painted_image(*given), given[:7]
+
+
+def _painted_backwards(shape, widening_too, given, slope):
+    n_atoms, z, offset, _, variance, _, _ = given
+    sums = overlap_windows(slope[None], jnp.maximum(n_atoms, 1), *given[1:], widening_too)[:, 1:, 0] * (n_atoms > 0)[:, None]
+    by_variance = sums[:, 3].sum() if widening_too else 0.0
+    return None, sums[:, 0].astype(z.dtype), sums[:, 1:3].astype(offset.dtype), None, jnp.asarray(by_variance, variance.dtype), None, None
+
+
+painted_image.defvjp(_painted_forwards, _painted_backwards)
 
 
 def _cores(n: Array, z: Array, library: ColumnLibrary, draw: WindowRenderer) -> tuple[Float[Array, "k l"], Float[Array, "k l"]]:

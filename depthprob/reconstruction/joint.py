@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import correlate, maximum_filter
@@ -84,13 +85,15 @@ class Forecast(NamedTuple):
     gigabytes: float
 
 
-def forecast(problem: Problem, draws: int) -> Forecast:
-    """Time and memory of a field fitted window by window, with so many draws of its posterior: from what one image takes here and now."""
+def forecast(problem: Problem, draws: int, gradients: int = 0) -> Forecast:
+    """Time and memory of a field fitted window by window, with so many draws of its posterior and gradients, each on one device, for them: from what one image takes here and now."""
     image, windows = np.array([len(problem.series.defocus) // 4]), local.plan_windows(problem.library, problem.series, np.asarray(problem.start["depth"]))
     local.evaluate(problem.start, problem, windows, image)  # compiles
     start = time.perf_counter()
     local.evaluate(problem.start, problem, windows, image)
-    return Forecast(FIXED_SECONDS + LOOKS * len(processes.share(problem.series.defocus)) * (time.perf_counter() - start), local.memory(problem, draws) / 1e9)
+    one = time.perf_counter() - start
+    looks = LOOKS * len(processes.share(problem.series.defocus)) + gradients * len(problem.series.defocus) * jax.local_device_count()
+    return Forecast(FIXED_SECONDS + looks * one, local.memory(problem, draws) / 1e9)
 
 
 def pose(

@@ -19,6 +19,7 @@ from ..inference.counts import depth_shifts
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
 from ..inference.likelihood import goodness_of_fit
 from ..inference.posterior import LARGE, infer, to_arviz
+from ..inference.sampling import gradients
 from ..io import Stack, read_drift_csv
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
@@ -233,7 +234,8 @@ def reconstruct(
     )
     field = processes.of_first(field)
     if len(found) > LARGE:
-        need = forecast(pose(stack.data, field, library, series, mask, config), config.inference.samples * config.inference.chains)
+        samples, chains = config.inference.samples, config.inference.chains
+        need = forecast(pose(stack.data, field, library, series, mask, config), samples * chains, gradients(samples, chains) if method == "nuts" else 0)
         what = f"{len(found)} columns in {len(defocus)} images of {series.shape[0]} x {series.shape[1]} pixels"
         refuse_beyond_limit(config, need.gigabytes, what)
         stages.tell(f"{what} take about {math.ceil(need.seconds / 60)} minutes and {need.gigabytes:.1f} GB")
