@@ -83,15 +83,16 @@ def test_the_warning_names_what_is_given_and_what_is_asked_strongest_first():
     moves = np.array([0.3, -0.6])
     tested = {
         "focus_step": Asked(-0.03, 0.001, moves),
-        "convergence_angle": Asked(-0.2, 0.02, moves),
+        "convergence_angle": Asked(-0.2, 0.02, 2 * moves),
         "source_variance": Asked(0.01, 0.0001, moves / 100),  # certain, but depths do not care
         "spherical_aberration": Asked(1e3, 1e3, moves * 10),  # uncertain
         "focal_variance": Asked(-90.0, 1.0, moves),  # not possible
     }
-    (warning,) = doubts_of_settings(tested, Config(), 0.5)
+    (warning,) = doubts_of_settings(tested, Config(), 0.5, 40.0)
     assert warning.startswith("The residuals ask for focus steps 0.970 ± 0.001 times those given (30 standard deviations; depths would move by up to 0.6 Å); or")
-    assert warning.endswith("for a convergence angle of 20.80 ± 0.02 mrad where 21 is given.")
-    assert doubts_of_settings({"focal_variance": Asked(0.0, np.inf, np.zeros(2))}, Config(), 0.5) == []
+    assert "less well, for a convergence angle of 20.80 ± 0.02 mrad where 21 is given (10 standard deviations; depths would move by up to 1.2 Å)." in warning
+    assert warning.endswith("Until it is known which of them is wrong, depths are not to be trusted within 1.2 Å.")
+    assert doubts_of_settings({"focal_variance": Asked(0.0, np.inf, np.zeros(2))}, Config(), 0.5, 40.0) == []
 
 
 def test_a_setting_that_explains_little_of_the_misfit_is_not_passed_off_as_its_cause(library):
@@ -100,17 +101,24 @@ def test_a_setting_that_explains_little_of_the_misfit_is_not_passed_off_as_its_c
     assert asked(estimate, problem, {})["focus_step"].explained > 0.5
     scrambled = dataclasses.replace(problem, counts=fault(np.asarray(problem.counts)))
     assert asked(estimate, scrambled, {})["focus_step"].explained < 0.1
-    (warning,) = doubts_of_settings({"focus_step": Asked(-0.03, 0.001, np.ones(2), 0.2)}, Config(), 0.5)
+    (warning,) = doubts_of_settings({"focus_step": Asked(-0.03, 0.001, np.ones(2), 0.2)}, Config(), 0.5, 40.0)
     assert "explains 20% of the misfit alone" in warning
 
 
 def test_what_is_not_round_is_named_by_size_and_azimuth_where_its_phase_matters():
     parts = lambda a, b, sd: (Asked(a, sd, np.zeros(2)), Asked(b, sd, np.zeros(2)))
     tested = dict(zip(("C12_a", "C12_b"), parts(10.0, 10 * 3**0.5, 0.5), strict=True)) | dict(zip(("C21_a", "C21_b"), parts(0.0, -600.0, 100.0), strict=True))
-    (warning,) = doubts_of_settings(tested, Config(), 0.5)
+    (warning,) = doubts_of_settings(tested, Config(), 0.5, 40.0)
     assert warning.startswith("The residuals ask for C12 = 20.0 ± 0.5 Å at 30° where none is given (40 standard deviations; depths would move by up to 0.0 Å); or")
-    assert warning.endswith("; or, less well, for C21 = 600.0 ± 100.0 Å at -90° where none is given.")
+    assert "; or, less well, for C21 = 600.0 ± 100.0 Å at -90° where none is given (6 " in warning
     few = dict(zip(("C12_a", "C12_b"), parts(2.0, 0.0, 0.1), strict=True))  # 20 standard deviations of pi 2 Å (21 mrad)^2 / 0.0197 Å = 0.14 rad
-    assert doubts_of_settings(few, Config(), 0.5) == []
-    (warning,) = doubts_of_settings(few | {"C12_a": Asked(2.0, 0.1, np.array([0.0, 0.2]))}, Config(), 0.5)
+    assert doubts_of_settings(few, Config(), 0.5, 40.0) == []
+    (warning,) = doubts_of_settings(few | {"C12_a": Asked(2.0, 0.1, np.array([0.0, 0.2]))}, Config(), 0.5, 40.0)
     assert "up to 0.2 Å" in warning
+
+
+def test_a_tilt_is_named_by_its_components_where_ends_of_columns_lie_aside():
+    parts = lambda a, b: {"tilt_a": Asked(a, 0.1, np.zeros(2)), "tilt_b": Asked(b, 0.1, np.zeros(2))}
+    (warning,) = doubts_of_settings(parts(4.0, -3.0), Config(), 0.5, 45.0)
+    assert warning.startswith("The residuals ask for a crystal tilted by 4.0 ± 0.1 mrad along x and -3.0 ± 0.1 along y where none is given (50 standard deviations;")
+    assert doubts_of_settings(parts(4.0, -3.0), Config(), 0.5, 30.0) == []  # 15 Å x 5 mrad = 0.075 Å

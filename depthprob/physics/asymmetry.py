@@ -40,6 +40,22 @@ def by_aberration(grams: np.ndarray, modes: Modes | DiscModes, microscope: Micro
     return Profiles(s.over_spread(values), s.r, s.area)
 
 
+def by_tilt(grams: np.ndarray, modes: DiscModes, microscope: Microscope, plane: np.ndarray, end: float) -> Profiles:
+    """Derivative of a column's images by its lean towards x, at none [1/mrad], from `rings.leaning_grams` (n, l, p, p): radial functions, each to be multiplied by cos(phi).
+
+    With both signs of l the amplitudes of `column_profiles`, which leave out (-i)^l exp(-i l phi), make of the part between l + 1 and l
+    dI = -4 cos(phi) Im A_(l+1)* G^l A_l. Other parameters as of `column_profiles`.
+    """
+    s = radial_probe(microscope, plane, end)
+    transforms = bessel(modes.order, 2 * np.pi * np.outer(s.r, s.k))
+    waves = [np.einsum("zpk,rk->zpr", s.probe[:, None] * seen_modes(modes, l, s), transforms[l], optimize=True) for l in range(modes.order + 1)]
+    values = np.zeros((len(grams), len(s.probe), len(s.r)))
+    for l in range(modes.order):
+        for z, (wave, other) in enumerate(zip(waves[l], waves[l + 1], strict=True)):
+            values[:, z] -= 4 * (other.conj() * (grams[:, l] @ wave)).imag.sum(1)
+    return Profiles(s.over_spread(values), s.r, s.area)
+
+
 def beside(library: ColumnLibrary, slopes: Profiles, microscope: Microscope, m: int, amount: float) -> tuple[ColumnLibrary, ColumnLibrary]:
     """A round library plus `amount` times slopes of its images (n, z, r) in its `planes`, times cos(m phi) and times sin(m phi)."""
     n, n_planes, _ = slopes.values.shape

@@ -23,7 +23,7 @@ from jaxtyping import Complex
 
 from .detector import AnnularDetector
 from .electron import wavelength
-from .gram import ColumnGram, DiscModes, default_reach, require_full_symmetry
+from .gram import ColumnGram, DiscModes, default_reach, legendre_nodes, require_full_symmetry
 from .scattering import panels
 from .specimen import Column
 from .thermal import POTENTIAL, highest_order, incident_disc, incident_modes, principal_modes, real_times, times_coherence, vibrating_atom
@@ -153,10 +153,7 @@ def ring_grams(
     n, spacing = column.n_atoms, float(column.spacing)
     modes = incident_disc(column, energy, aperture)
     atom = prepare_scatterer(column, energy, aperture, edges, parametrization)
-    waves = np.zeros((len(atom.hankel), len(atom.k), modes.block_size), complex)
-    top = -(n - 1) / 2 * spacing
-    waves[: modes.order + 1] = (incident_modes(modes, atom) * np.exp(1j * atom.rate * top)).swapaxes(1, 2)
-    p = modes.block_size
+    waves, p = _upon_top(column, modes, atom), modes.block_size
 
     cores, recorded = zip(*progress(_paths(atom, waves, n, spacing, derivatives), total=n, desc="waves down the column", unit="atom"), strict=True)
     between, onto = [c[..., p:] for c in cores], [c[..., :p] for c in cores]
@@ -195,6 +192,108 @@ def _slope(recorded, paths, values, slopes, b, g):
         else:
             total = total + _adjoint(path[0]) @ slopes[b - s, g] @ path[0]
     return total
+
+
+def _upon_top(column: Column, modes: DiscModes, atom: Scatterer) -> Complex[np.ndarray, "l k p"]:
+    """The modes on the top atom of the longest column, which their plane halves."""
+    waves = np.zeros((len(atom.hankel), len(atom.k), modes.block_size), complex)
+    waves[: modes.order + 1] = (incident_modes(modes, atom) * np.exp(-1j * atom.rate * (column.n_atoms - 1) / 2 * float(column.spacing))).swapaxes(1, 2)
+    return waves
+
+
+def leaning_grams(
+    column: Column,
+    energy: float,
+    convergence_angle: float,
+    detector: AnnularDetector,
+    parametrization: str = "lobato",
+    progress: Callable = lambda items, **_: items,
+) -> tuple[Complex[np.ndarray, "n l p p"], DiscModes]:
+    """Derivative of the Gram matrices of columns of 1 to column.n_atoms atoms by their lean towards x, at none: what plain annuli record between the modes l + 1 and l.
+
+    Each atom is met in a frame of its own, moved by the lean over one spacing s against the last one's. That multiplies waves by 1 + 2 pi i s q_x, and q_x
+    takes half of k exp(i l phi) to l + 1 and half to l - 1. Mirrors give (-l - 1, -l) what (l + 1, l) has. The atoms' mean positions stay at x = 0.
+
+    Parameters
+    ----------
+    energy, convergence_angle : float
+        [eV], [mrad].
+
+    Returns
+    -------
+    blocks
+        [1/mrad].
+    modes
+        As of `ring_grams`.
+    """
+    n, spacing, aperture = column.n_atoms, float(column.spacing), convergence_angle * 1e-3 / float(wavelength(energy))
+    modes = incident_disc(column, energy, aperture)
+    atom = prepare_scatterer(column, energy, aperture, detector.edges, parametrization)
+    p = modes.block_size
+    lit = np.concatenate([np.arange(ring.start, ring.stop) for ring in atom.rings[::2]])  # every other ring lies between two annuli
+    steps = list(progress(_leaning_paths(atom, _upon_top(column, modes, atom), n, spacing, lit), total=n, desc="waves down the leaning column", unit="atom"))
+    between, onto = ([Lean(*(part[..., which] for part in cores)) for cores, _, _ in steps] for which in (slice(p, None), slice(p)))
+    left, seen = ([(even[:, which, which], odd[:, which, which]) for _, even, odd in steps] for which in (slice(p, None), slice(p)))
+    bare = (atom.core[:, :, lit] @ atom.core[:, :, lit].swapaxes(1, 2)).astype(complex)
+    left = [(bare, np.zeros_like(bare[1:])), *left]
+
+    forms, found = {}, []
+    for b in progress(range(1, n + 1), desc="forms up the leaning column", unit="atom"):
+        even, odd = _of_leaning(left[b - 1], between[: b - 1], forms, b)
+        forms[b] = _diffuse(even, atom), _diffuse_odd(odd, atom)
+        even, odd = _of_leaning(seen[b - 1], onto[:b], forms, b + 1)
+        k, _ = legendre_nodes(aperture, p)  # where the modes are
+        found.append(odd - 1j * np.pi * (b - 1) / 2 * spacing * (even[1:] * k - k[:, None] * even[:-1]))
+    return 1e-3 * np.stack(found)[:, : modes.order], modes
+
+
+class Lean(NamedTuple):
+    """Waves in a column, and their derivatives by its lean: what goes from l up to l + 1, and from l + 1 down to l."""
+
+    value: np.ndarray
+    up: np.ndarray
+    down: np.ndarray
+
+
+def _leaning_paths(atom: Scatterer, waves: np.ndarray, n: int, spacing: float, lit: np.ndarray) -> Iterator[tuple[Lean, np.ndarray, np.ndarray]]:
+    """As `_paths`: in the cores; and what frequencies `lit` record, (l, l) and its derivative (l + 1, l)."""
+    flight, turn = np.exp(1j * atom.rate * spacing)[:, None], 1j * np.pi * spacing * atom.k[:, None]
+    above, below = (atom._replace(hankel=atom.hankel[part], core=atom.core[part]) for part in (slice(1, None), slice(-1)))
+    value = np.concatenate([waves, flight * atom.core.swapaxes(1, 2)], 2)
+    moved = turn * (np.arange(value.shape[2]) >= waves.shape[2])  # incident waves come in the top atom's frame
+    up, down = moved * value[:-1], moved * value[1:]
+    for _ in range(n):
+        cores = Lean(*(real_times(a.core, w) for a, w in zip((atom, above, below), (value, up, down), strict=True)))
+        value, up, down = _through(value, atom), _through(up, above), _through(down, below)
+        there = value[:, lit].conj().swapaxes(1, 2)
+        yield cores, there @ value[:, lit], there[1:] @ up[:, lit] + _adjoint(down[:, lit]) @ value[:-1, lit]
+        value, up, down = flight * value, flight * (up + turn * value[:-1]), flight * (down + turn * value[1:])
+
+
+def _of_leaning(recorded, paths, forms, b):
+    """As `_of_source`, with the derivative by the lean."""
+    even, odd = recorded
+    for s, path in enumerate(paths, 1):
+        form, slope = forms[b - s]
+        back = _adjoint(path.value)
+        even = even + back @ form @ path.value
+        odd = odd + back[1:] @ (form[1:] @ path.up + slope @ path.value[:-1]) + _adjoint(path.down) @ form[:-1] @ path.value[:-1]
+    return even, odd
+
+
+def _diffuse_odd(form: Complex[np.ndarray, "l R R"], atom: Scatterer) -> Complex[np.ndarray, "l R R"]:
+    """Point-by-point product of a form between l + 1 and l, all l of either sign, with the atom's coherence.
+
+    In real space waves l hold i^|l|, which `Scatterer` leaves out; with it the form is i times sum_l (F_l exp(i (l + 1/2) theta) - F_l* exp(-i (l + 1/2) theta)),
+    theta the angle between the two points: sines of its Hermitian part, cosines of the rest.
+    """
+    lift, other = atom.lift[1:], atom.lift[:-1]
+    whole = real_times(lift, real_times(other, form.swapaxes(1, 2)).swapaxes(1, 2))
+    angle = np.pi * (np.arange(len(atom.cosine)) + 0.5) / len(atom.cosine)
+    half = np.outer(angle, np.arange(len(form)) + 0.5)
+    hermitian, rest = (whole + _adjoint(whole)) / 2, (whole - _adjoint(whole)) / 2
+    product = times_coherence(hermitian, atom.coherence, np.sin(half)) - 1j * times_coherence(1j * rest, atom.coherence, np.cos(half))
+    return real_times(lift.swapaxes(1, 2), product) @ other
 
 
 def quick_gram(column: Column, energy: float, convergence_angle: float, detector: AnnularDetector, parametrization: str = "lobato", progress: Callable = lambda items, **_: items) -> ColumnGram:

@@ -225,11 +225,11 @@ def _diffuse(form: np.ndarray, channel: AtomChannel) -> np.ndarray:
     return real_times(lift, real_times(lift, times_coherence(here, channel.coherence, channel.cosine)).conj().swapaxes(1, 2))
 
 
-def times_coherence(form: Complex[np.ndarray, "l r r"], coherence: Complex[np.ndarray, "angle r r"], cosine: Float[np.ndarray, "angle l"]) -> Complex[np.ndarray, "l r r"]:
-    """Point-by-point product of a Hermitian form at the core's radii with the atom's coherence: to the angles between two points and back."""
+def times_coherence(form: Complex[np.ndarray, "l r r"], coherence: Complex[np.ndarray, "angle r r"], waves: Float[np.ndarray, "angle l"]) -> Complex[np.ndarray, "l r r"]:
+    """Point-by-point product of a Hermitian form at the core's radii with the atom's coherence: to the angles between two points, by orthogonal `waves`, and back."""
     upper = np.triu_indices(form.shape[1])
-    back = np.where(np.arange(len(form)) > 0, 0.5, 1.0)[:, None] * cosine.T / len(cosine)
-    product = real_times(back, real_times(cosine, form[:, *upper]) * coherence[:, *upper])
+    back = waves.T / (waves**2).sum(0)[:, None]
+    product = real_times(back, real_times(waves, form[:, *upper]) * coherence[:, *upper])
     whole = np.empty_like(form)
     whole[:, *upper[::-1]] = product.conj()
     whole[:, *upper] = product

@@ -22,7 +22,7 @@ from ..physics.electron import wavelength
 from ..physics.gram import ColumnGram, has_full_symmetry
 from ..physics.library import ColumnLibrary, arrays_of, build_gram, is_round, library_from_gram, load_gram, module_of, save_gram
 from ..physics.optics import Microscope, edge_phase
-from ..physics.rings import quick_gram
+from ..physics.rings import leaning_grams, quick_gram
 from ..physics.specimen import Column
 from ..physics.thermal import absorptive_gram, thermal_gram
 from ..storage import load_arrays
@@ -32,6 +32,7 @@ SCRAMBLINGS = 8  # fewer make no depth error one can trust
 LENGTHS = (3, 6, 12, 24, 48)  # atoms of columns that libraries are built for
 MARGIN = 60.0  # Å that depths may lie beyond the foci
 LIVELIER = 0.05  # Å^2 of B, between columns whose difference stands for the derivative
+LEAN = 0.5  # mrad of tilt, likewise
 UNROUND = {"C12": (1, 2), "C21": (2, 1), "C23": (2, 3)}  # aberrations that residuals are asked for: n and m
 FORMAT = 3  # of the files in the cache
 
@@ -327,7 +328,7 @@ def neighbouring_libraries(config: Config, n_max: int, progress: Callable) -> di
     """Libraries of settings a little different from the config's, by what differs, with the difference; none where each would take minutes.
 
     convergence_angle [mrad], spherical_aberration [Å], focal_variance [Å^2], the square of the focal spread, and debye_waller_b [Å^2]; and of `UNROUND` [Å] C12_a = C12 cos(2 phi12),
-    C12_b = C12 sin(2 phi12) and so on; of round lenses, columns and detectors.
+    C12_b = C12 sin(2 phi12) and so on, and tilt_a, tilt_b, the crystal's tilt along x and y [mrad]; of round lenses, columns and detectors.
     """
     lens, column, detector = microscope_of(config), column_of(config, n_max), detector_of(config)
     if config.thermal.model == "absorptive" or not (is_round(lens) and has_full_symmetry(column, detector)):
@@ -344,9 +345,12 @@ def neighbouring_libraries(config: Config, n_max: int, progress: Callable) -> di
         warmer = quick_gram(livelier, lens.energy, lens.convergence_angle, detector, config.simulation.parametrization, progress)
         found["debye_waller_b"] = (library_from_gram(warmer, lens, z_range_of(config)), LIVELIER)
     library = library_of(gram, lens, z_range_of(config))
-    for name, (n, m) in UNROUND.items():
-        step = 0.3 / edge_phase(lens, n)
-        slopes = asymmetry.by_aberration(gram.blocks.mean(0), gram.modes, lens, library.planes, library.pixel * library.images.shape[1], n, m)
+    end = library.pixel * library.images.shape[1]
+    unround = {name: (asymmetry.by_aberration(gram.blocks.mean(0), gram.modes, lens, library.planes, end, n, m), m, 0.3 / edge_phase(lens, n)) for name, (n, m) in UNROUND.items()}
+    if detector.measured is None:
+        leaning, modes = leaning_grams(column, lens.energy, lens.convergence_angle, detector, config.simulation.parametrization, progress)
+        unround["tilt"] = (asymmetry.by_tilt(leaning, modes, lens, library.planes - library.centre[-1], end), 1, LEAN)
+    for name, (slopes, m, step) in unround.items():
         for part, other in zip("ab", asymmetry.beside(library, slopes, lens, m, step), strict=True):
             found[f"{name}_{part}"] = (other, step)
     return found

@@ -295,7 +295,7 @@ def reconstruct(
         *quality.doubts_of_depths(parameters["depth"], defocus),
         *quality.doubts_of_thickness(n_atoms, positions, geometry.spacing, config.microscope.convergence_angle_mrad, owed),
         *quality.doubts_of_estimators(depths.mean, gaussian_depth),
-        *quality.doubts_of_settings(tested, config, float(np.median(depths.sd))),
+        *quality.doubts_of_settings(tested, config, float(np.median(depths.sd)), (n_atoms.max() - 1) * geometry.spacing),
         *quality.doubts_of_fit(joint, fit_quality, spread, config),
     ]
     expected = (rate + owed.change) / (dose * pixel**2)[:, None, None]

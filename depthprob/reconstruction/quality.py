@@ -19,6 +19,7 @@ EDGE = 20.0  # Å from the end of the foci within which half of a column's peak 
 WORTH_SAYING = 0.5  # Å of correction
 HELD = "beam energy, convergence angle, aberrations, detector angles, Debye-Waller factor, source size, foci"
 LEAST_PHASE = 0.3  # rad
+LEAST_LEAN = 0.1  # Å that the ends of a column lie aside of its middle, about as far as atoms vibrate
 LEAST_EXPLAINED = 0.5  # of the misfit, by a setting that passes for its cause
 
 
@@ -211,11 +212,11 @@ def doubts_of_fit(joint: JointFit, fit_quality: np.ndarray, spread: Dispersion, 
     return found
 
 
-def doubts_of_settings(tested: dict[str, Asked], config: Config, depth_sd: float) -> list[str]:
+def doubts_of_settings(tested: dict[str, Asked], config: Config, depth_sd: float, thickness: float) -> list[str]:
     """A warning of held settings that the residuals ask to be others, by five standard deviations and enough to matter to depths; the strongest first.
 
-    What is not round moves depths of isolated columns to second order alone, which a score test does not see: it matters from a phase of `LEAST_PHASE` at
-    the aperture's edge in any case.
+    What is not round moves depths of isolated columns to second order alone, which a score test does not see: an aberration matters from a phase of `LEAST_PHASE` at
+    the aperture's edge in any case, a tilt where it moves the ends of the thickest column, of `thickness` Å, by `LEAST_LEAN`.
     """
     settings = config.microscope
     fwhm = lambda change: max(settings.source_fwhm_A**2 + 8 * np.log(2) * change, 0) ** 0.5
@@ -225,7 +226,7 @@ def doubts_of_settings(tested: dict[str, Asked], config: Config, depth_sd: float
         "source_variance": lambda a: f"a source image of {fwhm(a.change):.2f} Å FWHM where {settings.source_fwhm_A:g} is given",
         "convergence_angle": lambda a: f"a convergence angle of {settings.convergence_angle_mrad + a.change:.2f} ± {a.sd:.2f} mrad where {settings.convergence_angle_mrad:g} is given",
         "spherical_aberration": lambda a: f"C3 = {settings.spherical_aberration_mm + a.change * 1e-7:.5f} ± {a.sd * 1e-7:.5f} mm where {settings.spherical_aberration_mm:g} is given",
-        "debye_waller_b": lambda a: f"B = {config.specimen.debye_waller_b + a.change:.2f} ± {a.sd:.2f} Å² where {config.specimen.debye_waller_b:g} is given, or a crystal tilted by some 10 mrad, which looks alike,",
+        "debye_waller_b": lambda a: f"B = {config.specimen.debye_waller_b + a.change:.2f} ± {a.sd:.2f} Å² where {config.specimen.debye_waller_b:g} is given",
         "focal_variance": lambda a: f"a focal spread of {spread(a.change):.0f} Å where {settings.focal_spread_A:g} is given",
     }
     lens = microscope_of(config)
@@ -235,15 +236,25 @@ def doubts_of_settings(tested: dict[str, Asked], config: Config, depth_sd: float
         possible = name in words and (name != "focal_variance" or settings.focal_spread_A > 0 or a.change > 0)
         if possible and abs(a.significance) > 5 and moved > depth_sd / 4:
             found.append((abs(a.significance), words[name](a), moved, a.explained))
-    for name, (n, m) in UNROUND.items():
+    unround = {name: edge_phase(lens, n) / LEAST_PHASE for name, (n, _) in UNROUND.items()} | {"tilt": 1e-3 * thickness / 2 / LEAST_LEAN}
+    for name, matters in unround.items():
         if f"{name}_a" in tested:
             a, b = tested[f"{name}_a"], tested[f"{name}_b"]
             amount, significance, moved = np.hypot(a.change, b.change), np.hypot(a.significance, b.significance), np.abs(a.depth_moves + b.depth_moves).max()
-            if significance > 5 and (moved > depth_sd / 4 or amount * edge_phase(lens, n) > LEAST_PHASE):
-                sd, azimuth = np.hypot(a.change * a.sd, b.change * b.sd) / amount, np.degrees(np.arctan2(b.change, a.change)) / m
-                found.append((significance, f"{name} = {amount:.1f} ± {sd:.1f} Å at {azimuth:.0f}° where none is given", moved, min(1.0, a.explained + b.explained)))
+            if significance > 5 and (moved > depth_sd / 4 or amount * matters > 1):
+                sd = np.hypot(a.change * a.sd, b.change * b.sd) / amount
+                asked_for = (
+                    f"a crystal tilted by {a.change:.1f} ± {a.sd:.1f} mrad along x and {b.change:.1f} ± {b.sd:.1f} along y where none is given"
+                    if name == "tilt"
+                    else f"{name} = {amount:.1f} ± {sd:.1f} Å at {np.degrees(np.arctan2(b.change, a.change)) / UNROUND[name][1]:.0f}° where none is given"
+                )
+                found.append((significance, asked_for, moved, min(1.0, a.explained + b.explained)))
     if not found:
         return []
-    (significance, first, moved, explained), *others = sorted(found, key=lambda one: -one[0])
-    text = f"The residuals ask for {first} ({significance:.0f} standard deviations; depths would move by up to {moved:.1f} Å)" + "".join(f"; or, less well, for {other[1]}" for other in others) + "."
+    found = sorted(found, key=lambda one: -one[0])
+    each = [f"{asked_for} ({significance:.0f} standard deviations; depths would move by up to {moved:.1f} Å)" for significance, asked_for, moved, _ in found]
+    explained = found[0][3]
+    text = f"The residuals ask for {'; or, less well, for '.join(each)}."
+    if len(found) > 1:
+        text += f" Until it is known which of them is wrong, depths are not to be trusted within {max(moved for _, _, moved, _ in found):.1f} Å."
     return [text + f" But the first explains {explained:.0%} of the misfit alone: the cause is another, or more than this test to first order can follow." * (explained < LEAST_EXPLAINED)]
