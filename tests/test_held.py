@@ -77,6 +77,8 @@ def test_a_setting_that_the_fit_can_take_over_is_not_asked(library):
     brighter = eqx.tree_at(lambda l: l.images, library, library.images * 1.01)  # what the gains of all images do
     result = asked(estimate, problem, {"brightness": (brighter, 0.01)})["brightness"]
     assert np.isinf(result.sd) and not result.depth_moves.any()
+    miscounted = eqx.tree_at(lambda l: l.coefficients, library, library.coefficients * (1 + 0.01 * np.arange(1, library.n_max + 1) ** 2)[:, None, None])
+    assert asked(estimate, problem, {"counts": (miscounted, 0.01)})["counts"].sd > 0.1  # thick columns brighter, as by wrong counts: not known within 0.1 n^2 times
 
 
 def test_the_warning_names_what_is_given_and_what_is_asked_strongest_first():

@@ -12,6 +12,7 @@ from . import likelihood, local
 from .arrow import ArrowFactor
 from .likelihood import DARKEST, Estimate, Problem
 
+POWERS = (1, 2, 3)  # of the number of atoms, by which wrong counts brighten columns
 STEPS = {"focus_step": 0.01, "source_variance": 0.005}  # 1, Å^2; of the differences that stand for derivatives
 
 
@@ -48,6 +49,9 @@ def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[Co
     Fisher information of theta, and theta by -C A times that. Priors are left out: the background's alone, where there is none, would ask for focus steps
     four standard deviations smaller. Sums in float64.
 
+    Counts of atoms may be wrong where a setting is, and take up its brightness: a cubic in the number of atoms, by which columns are brighter than their counts, is
+    taken out of every test as well. (Without it B told as 0.3 Å^2 where 0.63 is right asks for 0.37, for 12 of 28 columns have an atom too many, with it for 0.54.)
+
     Parameters
     ----------
     libraries : name -> (library, step)
@@ -66,19 +70,32 @@ def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[Co
         draw = None if problem.draw is None else renderer(library, problem.series)
         slopes[name] = (fit.rates(estimate.parameters, dataclasses.replace(problem, library=library, draw=draw)) - rate) / np.float32(step)
 
+    settings = list(slopes)
+    atoms = np.arange(1, problem.library.n_max + 1)[:, None, None] / problem.library.n_max
+    for power in POWERS:
+        brighter = dataclasses.replace(problem.library, coefficients=problem.library.coefficients * (1 + 0.01 * atoms**power))
+        slopes[f"brightness {power}"] = (fit.rates(estimate.parameters, dataclasses.replace(problem, library=brighter)) - rate) / np.float32(0.01)
+
     residual = np.asarray(problem.counts) - rate
     weight = np.where(problem.mask, 1 / (np.maximum(rate.astype(float), DARKEST) + float(problem.read_variance)), 0.0) / float(problem.dispersion)
     misfit = (weight * np.square(residual, dtype=float)).sum() - problem.mask.sum()
     misfit -= 3 * float(np.where(problem.mask, 2 + rate * weight**2, 0.0).sum()) ** 0.5
     own, *common = fit.information_along(estimate.parameters, problem, np.stack([residual, *slopes.values()])).T
-    fitted, out = solve(own), {}
-    for (name, slope), a in zip(slopes.items(), common, strict=True):
-        solved = solve(a)
-        alone = float((np.square(slope, dtype=float) * weight).sum())
-        information = alone - float(a @ solved)
-        if information <= 1e-9 * alone:  # the fitted parameters do all that the setting does
+    solved = np.stack([solve(a) for a in common], 1)
+    alone, score = np.zeros((len(slopes),) * 2), -solved.T @ own
+    for image, (w, r) in enumerate(zip(weight, residual, strict=True)):
+        rows = np.stack([slope[image].ravel() for slope in slopes.values()]).astype(float)
+        alone += (rows * w.ravel()) @ rows.T
+        score += rows @ (w * r).ravel()
+    information = alone - np.array(common) @ solved
+    many = len(settings)
+    taken = np.linalg.pinv(information[many:, many:], 1e-9, hermitian=True) @ information[many:]
+    score, information, solved = score - taken.T @ score[many:], information - information[:, many:] @ taken, solved - solved[:, many:] @ taken
+    out = {}
+    for i, name in enumerate(settings):
+        if information[i, i] <= 1e-9 * alone[i, i]:  # the fitted parameters do all that the setting does
             out[name] = Asked(0.0, np.inf, np.zeros(len(problem.n_atoms)))
         else:
-            change = (float((slope * weight * residual).sum()) - float(a @ fitted)) / information
-            out[name] = Asked(change, information**-0.5, -change * solved[: len(problem.n_atoms)], float(min(1.0, change**2 * information / max(misfit, 1e-9))))
+            change = float(score[i] / information[i, i])
+            out[name] = Asked(change, float(information[i, i] ** -0.5), -change * solved[: len(problem.n_atoms), i], float(min(1.0, change * score[i] / max(misfit, 1e-9))))
     return out
