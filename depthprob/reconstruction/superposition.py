@@ -31,7 +31,6 @@ BEYOND = 2.5  # Å beyond the beam's spread that a neighbour still matters: colu
 FAINTEST = 1e-4  # of the largest eigenvalue of a pair's matrix, below which others are left out
 PATIENCE = 900.0  # s of processor time, beyond which pairs are found only where the config asks for it
 PLANES = 10.0  # Å between planes that images of pairs are interpolated from
-REFITS = 2  # at most, where neighbours' beams were counted as atoms, or their lack as missing ones
 UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 8 to 30 atoms of gold
 
 
@@ -311,20 +310,20 @@ def paid(joint: JointFit, owed: Owed, advance: np.ndarray | None = None) -> Join
 def corrected(joint: JointFit, refit: Callable, config: Config, progress: Callable = lambda items, **_: items) -> tuple[JointFit, Owed]:
     """The fit without what superposition has put into its parameters and atom counts, and what that was.
 
-    Where columns without it have other counts, `refit` fits the field anew, given what the counts lack (F, ny, nx), the field to start from and the priors' centre, and what is lacking is found once more.
+    Where columns without it have other counts, `refit` fits the field anew, once, given what the counts lack (F, ny, nx), the field to start from and the priors'
+    centre, and what is lacking is found again.
     """
-    debt, dispersed = owed(joint, config, progress), config.inference.noise == "over_dispersed"
+    debt = owed(joint, config, progress)
     settled = paid(joint, debt)
-    for _ in range(REFITS if debt.pairs else 0):
-        counts, amplitudes = recount(settled.estimate.parameters, settled.problem, dispersed, settled.amplitudes)
-        settled = settled._replace(counts=counts, amplitudes=amplitudes)
-        if np.array_equal(counts.n, settled.problem.n_atoms):
-            break
-        advance = debt.change
-        joint = refit(advance, field_of(settled.estimate.parameters, jnp.asarray(counts.n)), settled.problem.centre)
-        debt = owed(joint, config, progress)
-        settled = paid(joint, debt, advance)
-    return settled, debt
+    if not debt.pairs:
+        return settled, debt
+    parameters, problem = settled.estimate.parameters, settled.problem
+    counts, amplitudes = recount(parameters, problem, config.inference.noise == "over_dispersed", joint.amplitudes)
+    if np.array_equal(counts.n, problem.n_atoms):
+        return settled._replace(counts=counts, amplitudes=amplitudes), debt
+    again = refit(debt.change, field_of(parameters, jnp.asarray(counts.n)), problem.centre)
+    rest = owed(again, config, progress)
+    return paid(again, rest, debt.change), rest
 
 
 def is_thick(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float) -> np.ndarray:
