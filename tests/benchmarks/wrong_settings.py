@@ -1,40 +1,38 @@
 """What a reconstruction of the packaged particle says when its config tells something wrong, and how wrong its depths then are.
 
-    python tests/benchmarks/wrong_settings.py [CASE ...]
+    python tests/benchmarks/wrong_settings.py [GRAM.npz] [CASE ...]
 
 The counts are of full multislice, new draws where a case changes them. Each case: columns with the right count, common offset of the depths and rms of
 the rest [Å], share of 90 % intervals that hold the truth, the pooled goodness of fit in standard deviations, and the warnings. Half a minute a case; those with other
-libraries take as long again, once. A lens or a lean that nobody told changes the packaged images as it changes a sum of isolated columns: by the closed thermal average for
-aberrations, and for tilts in four frozen-phonon configurations, the same upright and leaning (a minute or two).
+libraries take as long again, once. Aberrations and tilts that nobody told need the particle's Gram matrix, GRAM.npz, which `simulate_particle` keeps as its checkpoint
+(`python -m depthprob.data.make_demo`, in demo_gram.npz), for tilts also GRAM_tilt5.npz and so on with as many configurations of the same seed; what they change in its
+images is added to those of the packaged stack.
 """
 
 import dataclasses
 import sys
-from functools import cache
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
 from depthprob.config import read_config
+from depthprob.data.make_demo import CELL, SHAPE
 from depthprob.errors import InputError
 from depthprob.io import read_stack
-from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
-from depthprob.physics.gram import required_sampling
-from depthprob.physics.library import CHEAP_ANGLE, build_gram, library_from_gram
-from depthprob.physics.specimen import Column
-from depthprob.reconstruction.libraries import detector_of, gram_for, microscope_of, z_range_of
+from depthprob.physics.particle import images_from_gram
+from depthprob.reconstruction.libraries import microscope_of
 from depthprob.reconstruction.pipeline import reconstruct
+from depthprob.storage import load_arrays
 
 FOLDER = resources.files("depthprob.data")
 CONFIG = read_config(FOLDER / "demo.toml")
-LENS, RANGE = microscope_of(CONFIG), z_range_of(CONFIG)
 STACK = read_stack(FOLDER / "demo_stack.npz", CONFIG)
 FOCI, PIXEL = np.asarray(STACK.defocus_A), STACK.pixel_size_A
 with np.load(FOLDER / "demo_stack.npz") as saved:
     COLUMNS, DRIFT = saved["columns"], saved["drift_A"]
     STILL = (8 * saved["expected_a"].astype(float) + 7 * saved["expected_b"]) / 15 * CONFIG.focal_series.dose[0] * PIXEL**2
 RNG = np.random.default_rng(5)
-DIRECTION = np.array([np.cos(np.pi / 6), np.sin(np.pi / 6)])  # of tilts
 
 
 def told(section, **values):
@@ -70,36 +68,16 @@ def matched(positions):
     return np.where(distance.min(1) < 1.0, COLUMNS[distance.argmin(1), 2:].T, np.nan)
 
 
-def unlike(library, upright, lean=(0.0, 0.0)):
-    """The stack with its expected images changed by what sets isolated columns of two libraries apart; a lean [mrad] also moves them aside."""
-    dose = CONFIG.focal_series.dose * np.ones(len(FOCI))
-    series = FocalSeries(FOCI, PIXEL, dose, STILL.shape[1:], True)
+def simulated(tilt=0, **aberrations):
+    """Counts with a lens that has these aberrations, and of the particle tilted by so many mrad at 30°, the config silent about either."""
+    lens, path = microscope_of(CONFIG), Path(sys.argv[1])
 
-    def counts(library, lean):
-        places = COLUMNS[:, :2] + 1e-3 * COLUMNS[:, 3:] * np.array(lean)
-        return np.asarray(expected_counts(Field(places, COLUMNS[:, 2].astype(int), COLUMNS[:, 3], 0 * dose, np.ones(len(dose)), np.zeros((len(dose), 2))), library, series))
+    def images(path, lens):
+        saved = load_arrays(path)
+        return images_from_gram(saved["total"].sum(0) / int(saved["done"]), saved["waves"], (CELL, CELL), lens, FOCI, SHAPE)
 
-    return given(moved(STILL + counts(library, lean) - counts(upright, (0.0, 0.0)), DRIFT))
-
-
-def aberrant(**aberrations):
-    """Counts with a lens that has these aberrations, the config silent about it."""
-    gram = gram_for(CONFIG, 12, lambda items, **_: items)
-    return unlike(library_from_gram(gram, dataclasses.replace(LENS, aberrations=aberrations), RANGE), library_from_gram(gram, LENS, RANGE))
-
-
-def leaning(tilt):
-    """Counts of the particle tilted by so many mrad at 30°, the config silent about it."""
-    return unlike(drawn_library(tilt), drawn_library(1e-6), tilt * DIRECTION)  # the same displacements, not averaged over turns
-
-
-@cache
-def drawn_library(tilt):
-    """Of columns that lean by so many mrad, by four frozen-phonon configurations; on coarse grids, for differences."""
-    column = Column("Au", int(COLUMNS[:, 2].max()), 4.08, CONFIG.specimen.debye_waller_b, tuple(tilt * DIRECTION))
-    coarse = required_sampling(LENS.energy, CHEAP_ANGLE * CONFIG.detector.outer[0])
-    gram = build_gram(column, LENS.energy, LENS.convergence_angle, detector_of(CONFIG), 2, 2, sampling=coarse, cell=11.0, corrections=2)
-    return library_from_gram(gram, LENS, RANGE)
+    change = images(path.with_stem(f"{path.stem}_tilt{tilt}") if tilt else path, dataclasses.replace(lens, aberrations=aberrations)) - images(path, lens)
+    return given(moved(STILL + change * CONFIG.focal_series.dose[0] * PIXEL**2, DRIFT))
 
 
 STEADY = lambda factors: moved(STILL * factors, DRIFT)
@@ -119,15 +97,15 @@ CASES = {
     "source 1.0 for 0.7 Å": lambda: told("microscope", source_fwhm_A=1.0),
     "C3 +5 for 0 µm": lambda: told("microscope", spherical_aberration_mm=0.005),
     "C3 -5 for 0 µm": lambda: told("microscope", spherical_aberration_mm=-0.005),
-    "C12 0.5 nm": lambda: aberrant(C12_A=5.0, phi12_deg=30.0),
-    "C12 2 nm": lambda: aberrant(C12_A=20.0, phi12_deg=30.0),
-    "C12 5 nm": lambda: aberrant(C12_A=50.0, phi12_deg=30.0),
-    "C21 100 nm": lambda: aberrant(C21_A=1000.0, phi21_deg=30.0),
-    "C21 500 nm": lambda: aberrant(C21_A=5000.0, phi21_deg=30.0),
-    "C23 100 nm": lambda: aberrant(C23_A=1000.0, phi23_deg=30.0),
-    "crystal tilt 5 mrad": lambda: leaning(5),
-    "crystal tilt 10 mrad": lambda: leaning(10),
-    "crystal tilt 20 mrad": lambda: leaning(20),
+    "C12 0.5 nm": lambda: simulated(C12_A=5.0, phi12_deg=30.0),
+    "C12 2 nm": lambda: simulated(C12_A=20.0, phi12_deg=30.0),
+    "C12 5 nm": lambda: simulated(C12_A=50.0, phi12_deg=30.0),
+    "C21 100 nm": lambda: simulated(C21_A=1000.0, phi21_deg=30.0),
+    "C21 500 nm": lambda: simulated(C21_A=5000.0, phi21_deg=30.0),
+    "C23 100 nm": lambda: simulated(C23_A=1000.0, phi23_deg=30.0),
+    "crystal tilt 5 mrad": lambda: simulated(tilt=5),
+    "crystal tilt 10 mrad": lambda: simulated(tilt=10),
+    "crystal tilt 20 mrad": lambda: simulated(tilt=20),
     "focal spread 30 for 0 Å": lambda: told("microscope", focal_spread_A=30.0),
     "lattice 3.9 for 4.08 Å": lambda: told("specimen", lattice_constant_A=3.9),
     "platinum for gold": lambda: told("specimen", element="Pt", lattice_constant_A=3.92),
@@ -149,7 +127,8 @@ CASES = {
 def main(names) -> None:
     """Print a row a case, its warnings below."""
     print(f"{'case':40s} counts  offset    rms  median sd  covered  goodness")
-    for name in names or CASES:
+    with_gram = bool(names) and names[0].endswith(".npz")
+    for name in names[with_gram:] or [c for c in CASES if with_gram or not c.startswith(("C12", "C21", "C23", "crystal"))]:
         config, stack = CASES[name]()
         try:
             result = reconstruct(stack, config, method="laplace", quiet=True)
