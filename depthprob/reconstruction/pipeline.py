@@ -237,8 +237,11 @@ def reconstruct(
         samples, chains = config.inference.samples, config.inference.chains
         need = forecast(pose(stack.data, field, library, series, mask, config), samples * chains, gradients(samples, chains) if method == "nuts" else 0)
         what = f"{len(found)} columns in {len(defocus)} images of {series.shape[0]} x {series.shape[1]} pixels"
-        refuse_beyond_limit(config, need.gigabytes, what)
-        stages.tell(f"{what} take about {math.ceil(need.seconds / 60)} minutes and {need.gigabytes:.1f} GB")
+        pairs, seconds = superposition.asked_for(field, series, config)
+        gigabytes = need.gigabytes + superposition.GIGABYTES * pairs
+        refuse_beyond_limit(config, gigabytes, what)
+        longer = f", and {math.ceil(seconds / 60)} to {math.ceil((2 * seconds + need.seconds) / 60)} more for the correction of superposition" if pairs else ""
+        stages.tell(f"{what} take about {math.ceil(need.seconds / 60)} minutes and {gigabytes:.1f} GB{longer}")
     fit_less = lambda lacking, field, centre=None: fit_jointly(stack.data - lacking, field, library, series, mask, config, progress, centre)
     joint = fit_less(0.0, field)
 

@@ -16,7 +16,7 @@ from ..config import Config
 from ..inference.arrow import ArrowFactor
 from ..inference.likelihood import field_of, from_vector, to_vector
 from ..physics import crosstalk
-from ..physics.focal_series import FocalSeries, counts_per_fraction, defocus_minus_depth
+from ..physics.focal_series import Field, FocalSeries, counts_per_fraction, defocus_minus_depth
 from ..physics.gram import has_full_symmetry
 from ..physics.library import is_round
 from ..physics.optics import Microscope
@@ -30,6 +30,7 @@ THICK = 0.25  # of the way to its neighbours that the beam spreads within a colu
 BEYOND = 2.5  # Å beyond the beam's spread that a neighbour still matters: columns 2.9 Å apart do a tenth of what those 2.0 Å apart do, those 4.1 Å apart nothing
 FAINTEST = 1e-4  # of the largest eigenvalue of a pair's matrix, below which others are left out
 PATIENCE = 900.0  # s of processor time, beyond which pairs are found only where the config asks for it
+GIGABYTES = 1.5  # that pairs take beside a fit
 PLANES = 10.0  # Å between planes that images of pairs are interpolated from
 UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 8 to 30 atoms of gold
 
@@ -168,12 +169,11 @@ def pair_grams(config: Config, group: Neighbours, numbers: set[tuple[int, int]],
     return {pair: PairGram(kept[f"values_{name(pair)}"], kept[f"vectors_{name(pair)}"], kept["waves"], float(kept["cell"])) for pair in numbers}
 
 
-def neighbours_of(joint: JointFit, config: Config) -> list[Neighbours]:
-    """`neighbours` of an estimate."""
-    parameters, n, geometry = joint.estimate.parameters, np.asarray(joint.problem.n_atoms), column_geometry(config)
-    positions = np.stack([parameters["x"], parameters["y"]], 1)
-    tops = np.asarray(parameters["depth"]) - (n - 1) / 2 * geometry.spacing
-    return neighbours(positions, tops, n, geometry, config.microscope.convergence_angle_mrad, _box(joint.problem.series))
+def neighbours_of(field: Field, series: FocalSeries, config: Config) -> list[Neighbours]:
+    """`neighbours` in a field."""
+    n, geometry = np.asarray(field.n_atoms), column_geometry(config)
+    tops = np.asarray(field.depths) - (n - 1) / 2 * geometry.spacing
+    return neighbours(np.asarray(field.positions), tops, n, geometry, config.microscope.convergence_angle_mrad, _box(series))
 
 
 def _box(series: FocalSeries) -> np.ndarray | None:
@@ -201,13 +201,23 @@ def seconds_for(groups: list[Neighbours], n_atoms: np.ndarray, images: int) -> f
     return grams + 1.5e-4 * images * sum(len(g.members) for g in groups)
 
 
+def asked_for(field: Field, series: FocalSeries, config: Config) -> tuple[bool, float]:
+    """Whether config and field ask for the correction, and the processor time [s] that its pairs take, infinite where they cannot be had."""
+    n, wanted = np.asarray(field.n_atoms), config.inference.superposition
+    if len(n) < 2 or not has_full_symmetry(column_of(config, 1), detector_of(config)):
+        return False, np.inf
+    seconds = seconds_for(neighbours_of(field, series, config), n, len(series.defocus))
+    thick = is_thick(n, np.asarray(field.positions), column_geometry(config).spacing, config.microscope.convergence_angle_mrad).any()
+    return wanted == "corrected" or (wanted == "auto" and thick and seconds < PATIENCE), seconds
+
+
 def lacking(joint: JointFit, config: Config, progress: Callable = lambda items, **_: items) -> tuple[np.ndarray, int]:
     """What the sum of isolated columns lacks of the expected counts (F, ny, nx) float32 at an estimate, and the number of pairs that it comes of."""
     problem, series, lens = joint.problem, joint.problem.series, microscope_of(config)
     field = field_of(joint.estimate.parameters, problem.n_atoms)
     positions, depths, n = np.asarray(field.positions), np.asarray(field.depths), np.asarray(field.n_atoms)
     spacing, foci, box = problem.library.spacing, np.asarray(defocus_minus_depth(field, series))[0] + depths[0], _box(series)
-    tops, groups = depths - (n - 1) / 2 * spacing, neighbours_of(joint, config)
+    tops, groups = depths - (n - 1) / 2 * spacing, neighbours_of(field, series, config)
     steps = int(n.max() + max((g.below for g in groups), default=0.0) / spacing) + 5
     change, shared = np.zeros((len(foci), *series.shape), np.float32), {}
     for group in progress(groups, desc="pairs of neighbours", unit="kind"):
@@ -277,16 +287,13 @@ def owed(joint: JointFit, config: Config, progress: Callable = lambda items, **_
     With c what the expected counts lack, J their derivatives by the parameters, W their precision and C the parameters' covariance, the fit has put C J^T W c
     too much into the parameters.
     """
-    problem, estimate = joint.problem, joint.estimate
-    n, positions = np.asarray(problem.n_atoms), np.stack([estimate.parameters["x"], estimate.parameters["y"]], 1)
-    known, wanted = has_full_symmetry(column_of(config, 1), detector_of(config)) and len(n) > 1, config.inference.superposition
-    seconds = seconds_for(neighbours_of(joint, config), n, len(problem.series.defocus)) if known else np.inf
-    thick = is_thick(n, positions, problem.library.spacing, config.microscope.convergence_angle_mrad).any()
-    if not known or wanted == "plain" or (wanted == "auto" and not (thick and seconds < PATIENCE)):
-        return Owed(np.float32(0.0), np.zeros(len(estimate.names)), np.zeros(len(n)), np.zeros(len(n)), 0, seconds)
+    n = len(joint.problem.n_atoms)
+    wanted, seconds = asked_for(field_of(joint.estimate.parameters, joint.problem.n_atoms), joint.problem.series, config)
+    if not wanted:
+        return Owed(np.float32(0.0), np.zeros(len(joint.estimate.names)), np.zeros(n), np.zeros(n), 0, seconds)
     change, pairs = lacking(joint, config, progress)
     shift = _follows(joint, change)
-    return Owed(change, shift, shift[: len(n)], UNSURE * abs(shift[: len(n)]), pairs, seconds)
+    return Owed(change, shift, shift[:n], UNSURE * abs(shift[:n]), pairs, seconds)
 
 
 def _follows(joint: JointFit, change: np.ndarray) -> np.ndarray:
