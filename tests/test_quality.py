@@ -124,7 +124,7 @@ def test_depths_beyond_the_foci_and_at_their_ends_are_said():
 
 
 def owing(depth, pairs=0, seconds=100.0):
-    return Owed(np.float32(0), np.zeros(0), np.array(depth), 0.15 * abs(np.array(depth)), pairs, seconds)
+    return Owed(np.float32(0), np.array(depth), 0.15 * abs(np.array(depth)), pairs, seconds)
 
 
 def test_columns_too_thick_for_superposition_are_counted():

@@ -8,18 +8,22 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.interpolate import CubicSpline
 
 from depthprob.config import Config, config_from_dict
 from depthprob.inference import likelihood, local
 from depthprob.inference.likelihood import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.physics.optics import Microscope
-from depthprob.physics.particle import focal_spectra
+from depthprob.physics.pair_images import PLANES, PairGram, pair_images, pair_library
+from depthprob.physics.particle import focal_spectra, images_from_gram, source_damping
+from depthprob.physics.windows import window_renderer
 from depthprob.reconstruction import superposition
 from depthprob.reconstruction.joint import JointFit, fit_jointly
 from depthprob.reconstruction.libraries import column_geometry
 
 pytestmark = pytest.mark.usefixtures("double_precision")
+CORRECTED = config_from_dict({"inference": {"superposition": "corrected"}})
 GOLD = column_geometry(Config())
 HERE = Path(__file__).parent
 FOCI = np.arange(-80.0, 81.0, 20.0)
@@ -74,19 +78,60 @@ def test_numbers_between_which_pairs_are_interpolated_have_their_mean():
     assert superposition.shares_of({(30, 31)}) == {(30, 31): {(30, 31): 1.0}}
 
 
-def test_images_of_pairs_between_planes_are_those_of_each_plane():
-    rng, waves = np.random.default_rng(0), np.stack(np.mgrid[-11:12, -11:12], -1).reshape(-1, 2)
-    waves = waves[np.hypot(*waves.T) < 11.2]
-    grams = {
-        numbers: superposition.PairGram(np.array([1.0, -0.5]), rng.normal(size=(len(waves), 2)) + 1j * rng.normal(size=(len(waves), 2)), waves, 10.0)
-        for numbers in ((3, 3), (3, 4))
-    }
-    lens, planes = Microscope(300e3, 21.0, source_fwhm=0.7), np.linspace(-203.0, 203.0, 41) + rng.uniform(-5, 5, (4, 1))
-    look = superposition.viewer(grams, lens, planes.min(), planes.max())({(3, 3): 0.25, (3, 4): 0.75})
-    matrix = 0.25 * grams[3, 3].matrix + 0.75 * grams[3, 4].matrix
-    for own in planes:
-        exact = np.fft.fft2(focal_spectra(matrix, waves, (10.0, 10.0), lens, own)[0])
-        assert abs(np.fft.fft2(look(own, 0.0)) - exact).max() < 1e-4 * abs(exact).max()
+def random_grams(cell, count):
+    reach = int(1.0667 * cell + 0.5)
+    rng, waves = np.random.default_rng(0), np.stack(np.mgrid[-reach : reach + 1, -reach : reach + 1], -1).reshape(-1, 2)
+    waves = waves[np.hypot(*waves.T) < 1.0667 * cell + 0.5]
+    spots = lambda: np.exp(2j * np.pi / cell * (waves @ rng.normal(0, 0.8, (2, 2))) - 1j * rng.normal(0, 0.3, (1, 2)) * (waves**2).sum(1, keepdims=True) / cell**2)
+    return [PairGram(np.array([1.0, -0.5]), spots(), waves, cell) for _ in range(count)]
+
+
+@pytest.mark.parametrize("focal_spread", [0.0, 30.0])
+def test_images_of_pairs_are_those_of_their_gram_matrices(focal_spread):
+    """Between planes too, under a lens that is not round."""
+    grams, lens = random_grams(10.0, 3), Microscope(300e3, 21.0, source_fwhm=0.7, focal_spread=focal_spread, aberrations={"C12_A": 20.0})
+    images = pair_images(grams, lens, -100.0, 100.0, turn=0.4)
+    z = np.array([-97.0, -31.3, 0.0, 54.1])
+    planes = images.first + PLANES * np.arange(images.weights.shape[1])
+    size = images.basis.shape[1]
+    q = np.fft.fftfreq(size, 10.0 / size)
+    for gram, weights in zip(grams, images.weights, strict=True):
+        seen = np.tensordot(CubicSpline(planes, weights)(z), images.basis, 1)
+        seen = np.fft.ifft2(np.fft.fft2(seen) * source_damping(q, q, lens)).real
+        turned = dataclasses.replace(lens, aberrations={"C12_A": 20.0, "phi12_deg": -np.degrees(0.4)})
+        exact = images_from_gram(gram.matrix, gram.waves, (10.0, 10.0), turned, z, (size, size))
+        assert abs(seen - exact).max() < 2e-3 * abs(exact).max()
+
+
+def test_pairs_are_drawn_in_their_direction_as_their_gram_matrices_say(library):
+    """One pair at 30 degrees beside another kind, against images of their Gram matrices, resampled in Fourier space."""
+    lens, foci, px, turn = Microscope(300e3, 21.0, source_fwhm=0.7), np.array([-40.0, 0.0, 25.0]), 0.25, np.radians(30.0)
+    grams = random_grams(12.0, 2)
+    shares = [{0: 1.0}, {0: 0.25, 1: 0.75}]
+    pairs = pair_library(pair_images(grams, lens, -60.0, 60.0), shares, 12.0, lens, turn)
+    series = FocalSeries(foci, px, np.full(3, 1 / px**2), (60, 60))
+    field = Field(np.array([[7.1, 7.4]]), np.array([2]), np.array([3.0]), np.zeros(3), np.ones(3), np.array([[0.0, 0.0], [0.1, 0.05], [-0.1, 0.0]]))
+    problem = make_problem(np.zeros((3, 60, 60)), field, pairs, series, dense=False)
+    windows = [local.Window(np.arange(3), 25, window_renderer(pairs, px, 25, 60.0, tolerance=1e-4))]
+    drawn = local.signals(problem.start, problem, windows)
+    matrix, at = 0.25 * grams[0].matrix + 0.75 * grams[1].matrix, np.arange(60) * px
+    for i, image in enumerate(drawn):
+        spectrum, qx, qy = (a for a in focal_spectra(matrix, grams[0].waves, (12.0, 12.0), lens, foci[i : i + 1] - 3.0))
+        x, y = np.meshgrid(at - 7.1 - field.image_shifts[i, 0], at - 7.4 - field.image_shifts[i, 1])
+        u, v = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
+        exact = np.einsum("yx,ypq,xpq->pq", spectrum[0], np.exp(2j * np.pi * qy[:, None, None] * v), np.exp(2j * np.pi * qx[:, None, None] * u)).real
+        near = np.hypot(x, y) < 5.0
+        assert abs(image - exact)[near].max() < 5e-3 * abs(exact).max()
+        assert not image[np.hypot(x, y) > 12.0].any()
+
+
+def test_directions_lie_together_across_the_turn():
+    angles = np.radians([179.0, -179.0, 88.0, 91.0, 89.0, 0.5, -0.5, 178.0])
+    found = superposition.directions(angles)
+    assert sorted(sorted(members.tolist()) for _, members in found) == [[0, 1, 7], [2, 3, 4], [5, 6]]
+    assert all(abs(np.angle(np.exp(1j * (angles[members] - mean)))).max() < superposition.TOGETHER for mean, members in found)
+    everywhere = superposition.directions(np.linspace(-np.pi, np.pi, 400))
+    assert sorted(np.concatenate([m for _, m in everywhere])) == list(range(400)) and 30 < len(everywhere) < 34
 
 
 @pytest.fixture
@@ -111,16 +156,17 @@ def fitted(library):
 def test_a_fit_is_taken_back_to_the_truth_by_what_superposition_lacks(fitted, monkeypatch, reader):
     joint, change, truth = fitted(reader)
     monkeypatch.setattr(superposition, "lacking", lambda *_: (change, 6))
-    config = config_from_dict({"inference": {"superposition": "corrected"}})
-    owed = superposition.owed(joint, config)
-    paid = superposition.paid(joint, owed)
+    paid, owed = superposition.settled(joint, CORRECTED, True, 1.0)
     before, after = (np.abs(np.asarray(j.estimate.parameters["depth"]) - truth).max() for j in (joint, paid))
     assert before > 0.15 and after < 0.02  # second order, and the weak priors
     assert np.asarray(paid.problem.counts) == pytest.approx(np.asarray(joint.problem.counts) - change, abs=1e-5)
-    assert owed.depth_sd == pytest.approx(superposition.UNSURE * abs(owed.depth))
+    assert owed.depth_sd == pytest.approx(superposition.UNSURE * abs(owed.depth)) and owed.pairs == 6
+    known = joint._replace(problem=dataclasses.replace(joint.problem, counts=joint.problem.counts - change), lacking=change)
+    again, same = superposition.settled(known, CORRECTED, True, 1.0)
+    assert np.array_equal(again.estimate.parameters["depth"], joint.estimate.parameters["depth"]) and same.depth == pytest.approx(owed.depth, rel=0.1)
 
 
-def test_what_neighbours_scatter_is_not_counted_as_an_atom(library, monkeypatch):
+def test_what_neighbours_scatter_is_not_counted_as_an_atom(library):
     """Counts of 5 to 8 atoms and what would be one more in the first, which superposition is said to lack."""
     places, depths = spaced(2, 2.04)
     series, truth = FocalSeries(FOCI, 0.3, np.full(len(FOCI), 9612.0), (30, 30)), np.array([5, 6, 7, 8])
@@ -128,26 +174,27 @@ def test_what_neighbours_scatter_is_not_counted_as_an_atom(library, monkeypatch)
     field = Field(places + 3.5, truth, depths, 1e-3 * ones, ones, jnp.zeros((len(FOCI), 2)))
     one_more = dataclasses.replace(field, n_atoms=truth + np.array([1, 0, 0, 0]))
     bright, right = (np.asarray(expected_counts(f, library, series)) for f in (one_more, field))
-    monkeypatch.setattr(superposition, "lacking", lambda *_: (bright - right, 6))
-    config = config_from_dict({"inference": {"superposition": "corrected"}})
-    refit = lambda lacking, start, centre=None: fit_jointly(bright - lacking, start, library, series, np.ones(bright.shape, bool), config, centre=centre)
-    joint = refit(0.0, one_more)
-    assert np.array_equal(joint.problem.n_atoms, one_more.n_atoms)
-    settled, owed = superposition.corrected(joint, refit, config)
-    assert np.array_equal(settled.problem.n_atoms, truth) and np.array_equal(settled.counts.n, truth)
-    assert np.asarray(settled.problem.counts) == pytest.approx(right, abs=1e-4)
-    assert np.asarray(settled.estimate.parameters["depth"]) == pytest.approx(depths, abs=0.01)
-    assert owed.pairs == 6
+    asked = []
+
+    def lacking(parameters, problem):
+        asked.append(np.asarray(problem.n_atoms))
+        return bright - right
+
+    joint = fit_jointly(bright, one_more, library, series, np.ones(bright.shape, bool), CORRECTED, lacking=lacking)
+    assert len(asked) == 1 and np.array_equal(asked[0], one_more.n_atoms)
+    assert np.array_equal(joint.problem.n_atoms, truth) and np.array_equal(joint.counts.n, truth) and joint.settled
+    assert np.asarray(joint.problem.counts) == pytest.approx(right, abs=1e-4) and np.array_equal(joint.lacking, bright - right)
+    assert np.asarray(joint.estimate.parameters["depth"]) == pytest.approx(depths, abs=0.01)
 
 
-def test_thin_fields_and_plain_settings_owe_nothing(fitted, monkeypatch):
-    joint, change, _ = fitted(likelihood)
-    monkeypatch.setattr(superposition, "lacking", lambda *_: (change, 6))
+def test_thin_fields_and_plain_settings_ask_for_no_correction(fitted):
+    joint, _, _ = fitted(likelihood)
+    field = likelihood.field_of(joint.estimate.parameters, joint.problem.n_atoms)
     for settings in ({}, {"inference": {"superposition": "plain"}}, {"inference": {"superposition": "corrected"}, "specimen": {"tilt_mrad": [5.0, 0.0]}}):
-        owed = superposition.owed(joint, config_from_dict(settings))
-        assert owed.pairs == 0 and not owed.depth.any()
-        assert np.array_equal(superposition.paid(joint, owed).problem.counts, joint.problem.counts)
-        assert np.array_equal(superposition.paid(joint, owed).estimate.parameters["depth"], joint.estimate.parameters["depth"])
+        assert not superposition.asked_for(field, joint.problem.series, config_from_dict(settings))[0]
+    assert superposition.asked_for(field, joint.problem.series, CORRECTED)[0]
+    same, owed = superposition.settled(joint, CORRECTED, False, np.inf)
+    assert same is joint and owed.pairs == 0 and not owed.depth.any()
 
 
 @pytest.fixture(scope="module")

@@ -212,6 +212,16 @@ def rates(parameters: dict, problem: Problem, windows: list[Window] | None = Non
     return evaluate(parameters, problem, windows, derivatives=False).rate
 
 
+def signals(parameters: dict, problem: Problem, windows: list[Window]) -> np.ndarray:
+    """Expected counts (F, ny, nx) float32 of the columns alone, without background and of any sign."""
+    parameters, pad = _plain(parameters), _widest(windows)
+    total = np.zeros((len(problem.series.defocus), *problem.series.shape), np.float32)
+    for window, i in _own_images(windows, range(len(total))):
+        placed = _place(parameters, problem, i, window.half, pad)
+        total[i] = _unit(parameters, problem, i) * _painted(parameters, problem, window, placed, pad, False)[0]
+    return processes.total(total)
+
+
 class _Image(NamedTuple):
     """One image: where its columns stand, electrons per unit of their signal, and the expected counts of signal, background and both (ny, nx)."""
 
@@ -229,14 +239,22 @@ def _painted(parameters: dict, problem: Problem, window: Window, placed: _Placed
     return _fold(np.asarray(canvas).sum(0), pad, problem.series.periodic).astype(float)
 
 
+def _electrons(series: FocalSeries, i: int) -> float:
+    """Incident on a pixel of image i."""
+    return float(np.broadcast_to(np.asarray(series.dose, float), len(series.defocus))[i]) * series.pixel_size**2
+
+
+def _unit(parameters: dict, problem: Problem, i: int) -> float:
+    """Electrons counted in image i per unit of its columns' signal."""
+    return _electrons(problem.series, i) * float(np.exp(parameters["log_gain"][i]))
+
+
 def _image(parameters: dict, problem: Problem, i: int, window: Window, pad: int) -> _Image:
-    series = problem.series
-    electrons = float(np.broadcast_to(np.asarray(series.dose, float), len(series.defocus))[i]) * series.pixel_size**2
-    unit = electrons * float(np.exp(parameters["log_gain"][i]))
+    series, unit = problem.series, _unit(parameters, problem, i)
     placed = _place(parameters, problem, i, window.half, pad)
     signal = unit * _painted(parameters, problem, window, placed, pad, False)[0]
     own = field_of({name: value[i : i + 1] if name in PER_IMAGE else value for name, value in parameters.items()}, problem.n_atoms)
-    dark = np.broadcast_to(electrons * np.asarray(background_images(own, series)[0], float), signal.shape)
+    dark = np.broadcast_to(_electrons(series, i) * np.asarray(background_images(own, series)[0], float), signal.shape)
     return _Image(placed, unit, signal, dark, np.maximum(signal + dark, DARKEST))
 
 

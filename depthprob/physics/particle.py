@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.fft
+from jaxtyping import Complex, Float
 from scipy.linalg.blas import cherk
 from scipy.stats import norm, qmc
 
@@ -193,10 +194,10 @@ def images_from_gram(
     return series
 
 
-def focal_spectra(
-    gram: np.ndarray, waves: np.ndarray, cell: tuple[float, float], microscope: Microscope, defocus: np.ndarray, turn: float = 0.0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fourier coefficients (F, y, x) of the images of `images_from_gram`, and their frequencies (x,), (y,) [1/Å].
+def probe_amplitudes(
+    waves: np.ndarray, cell: tuple[float, float], microscope: Microscope, defocus: np.ndarray, turn: float = 0.0
+) -> Complex[np.ndarray, "F K"]:
+    """Amplitudes a_k = exp(-i chi(k)) of a probe of one electron, over the aperture, whose edge is one pixel wide.
 
     `turn` [rad] is the angle from the lens's x to that of the cell.
     """
@@ -206,22 +207,37 @@ def focal_spectra(
     amplitude = np.clip((float(microscope.convergence_angle) * 1e-3 / lam - np.hypot(kx, ky)) * rim + 0.5, 0, 1)
     amplitude = amplitude / np.sqrt((amplitude**2).sum())
     chi = np.asarray(aberration_phase(microscope, kx * np.cos(turn) - ky * np.sin(turn), kx * np.sin(turn) + ky * np.cos(turn), 0.0))
+    return amplitude * np.exp(-1j * (chi - np.pi * lam * np.asarray(defocus, float)[:, None] * (kx**2 + ky**2)))
+
+
+def focal_damping(waves: np.ndarray, cell: tuple[float, float], microscope: Microscope) -> Float[np.ndarray, "K K"]:
+    """What focal spread leaves of each two waves' product."""
+    k2 = (waves[:, 0] / cell[0]) ** 2 + (waves[:, 1] / cell[1]) ** 2
+    spread = np.pi * float(wavelength(microscope.energy)) * float(microscope.focal_spread)
+    return np.exp(-((spread * (k2[:, None] - k2)) ** 2) / 2)
+
+
+def source_damping(qx: np.ndarray, qy: np.ndarray, microscope: Microscope) -> Float[np.ndarray, "y x"]:
+    """What the source's width leaves of an image's Fourier coefficients at frequencies (x,), (y,) [1/Å]."""
+    s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
+    return np.exp(-2 * (np.pi * s) ** 2 * (qx**2 + qy[:, None] ** 2))
+
+
+def focal_spectra(
+    gram: np.ndarray, waves: np.ndarray, cell: tuple[float, float], microscope: Microscope, defocus: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fourier coefficients (F, y, x) of the images of `images_from_gram`, and their frequencies (x,), (y,) [1/Å]."""
     side = 4 * int(abs(waves).max()) + 3
     dx, dy = (waves[:, None] - waves[None]).transpose(2, 0, 1)
     index = ((dy % side) * side + dx % side).ravel()
     frequency = np.fft.fftfreq(side, 1 / side)
     qx, qy = frequency / cell[0], frequency / cell[1]
-    s = float(microscope.source_fwhm) / np.sqrt(8 * np.log(2))
-    source = np.exp(-2 * (np.pi * s) ** 2 * (qx**2 + qy[:, None] ** 2))
-    k2 = kx**2 + ky**2
-    spread = np.pi * lam * float(microscope.focal_spread)
-    gram = gram * np.exp(-((spread * (k2[:, None] - k2)) ** 2) / 2)
+    source, gram = source_damping(qx, qy, microscope), gram * focal_damping(waves, cell, microscope)
     spectra = np.empty((len(defocus), side, side), complex)
-    for i, f in enumerate(defocus):
-        a = amplitude * np.exp(-1j * (chi - np.pi * lam * f * k2))
+    for spectrum, a in zip(spectra, probe_amplitudes(waves, cell, microscope, defocus), strict=True):
         pairs = (a.conj()[:, None] * gram * a[None]).ravel()
-        spectrum = np.bincount(index, pairs.real, side**2) + 1j * np.bincount(index, pairs.imag, side**2)
-        spectra[i] = spectrum.reshape(side, side) * source
+        summed = np.bincount(index, pairs.real, side**2) + 1j * np.bincount(index, pairs.imag, side**2)
+        spectrum[:] = summed.reshape(side, side) * source
     return spectra, qx, qy
 
 

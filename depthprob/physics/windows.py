@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from .library import ColumnLibrary
 
-TOLERANCE = 5e-5  # largest error of a window's image, of its peak
+TOLERANCE = 5e-5  # largest error of a column's image in its window, of its peak
 BATCH = 64  # columns drawn at a time
 FINEST = 0.02  # Å between positions of a column that functions are tabulated at, and interpolated between by cubic Hermite polynomials
 
@@ -48,8 +48,8 @@ class WindowRenderer(NamedTuple):
     first: jax.Array
 
 
-def window_renderer(library: ColumnLibrary, pixel: float, half: int, farthest: float, room: float = 0.0) -> WindowRenderer:
-    """For windows of 2 half + 1 pixels of `pixel` Å and columns no farther than `farthest` Å from focus, in the middle pixel or up to `room` pixels beyond its edges."""
+def window_renderer(library: ColumnLibrary, pixel: float, half: int, farthest: float, room: float = 0.0, tolerance: float = TOLERANCE) -> WindowRenderer:
+    """For windows of 2 half + 1 pixels of `pixel` Å and columns no farther than `farthest` Å from focus, in the middle pixel or up to `room` pixels beyond its edges; `tolerance` is its images' largest error, of their peak."""
     images = np.asarray(library.images, float)
     numbers = np.unique(np.linspace(1, library.n_max, 4).astype(int))
     z = np.linspace(-farthest, farthest, 33)
@@ -59,7 +59,7 @@ def window_renderer(library: ColumnLibrary, pixel: float, half: int, farthest: f
     vectors = [np.linalg.eigh(np.tensordot(examples, examples, ([0, 2 - axis], [0, 2 - axis])))[1][:, ::-1] for axis in (0, 1)]
     for k in range(6, len(vectors[0]) + 1, 2):
         u, v = (a[:, :k] for a in vectors)
-        if abs(u @ (u.T @ examples @ v) @ v.T - examples).max() < TOLERANCE:
+        if abs(u @ (u.T @ examples @ v) @ v.T - examples).max() < tolerance:
             break
     size = images.shape[1]
     cell = size * library.pixel

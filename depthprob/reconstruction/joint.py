@@ -49,6 +49,8 @@ class JointFit(NamedTuple):
         Factors on the columns' signals that are left.
     settled : bool
         Whether counts and fit agree.
+    lacking : (F, ny, nx), or zero
+        What the problem's counts are less than those measured.
     """
 
     problem: Problem
@@ -56,6 +58,7 @@ class JointFit(NamedTuple):
     counts: Counts
     amplitudes: Amplitudes
     settled: bool
+    lacking: np.ndarray | float = 0.0
 
     @property
     def reader(self):
@@ -110,16 +113,18 @@ def pose(
 
 def fit_jointly(
     stack: np.ndarray, field: Field, library: ColumnLibrary, series: FocalSeries, mask: np.ndarray, config: Config, progress: Callable = lambda items, **_: items,
-    centre: dict | None = None,
+    lacking: Callable[[dict, Problem], np.ndarray] | None = None,
 ) -> JointFit:
     """Fit a stack (F, ny, nx) [e/pixel] from a starting field, its atom counts mended by the amplitudes that the fit asks for.
 
-    Priors are centred where the field starts, or at `centre`.
+    Priors are centred where the field starts. What the model is `lacking` of the expected counts at an estimate is taken off the stack once that is near the maximum,
+    and counts and fit are brought to agree anew.
     """
-    posed = lambda field, centre=None: pose(stack, field, library, series, mask, config, centre)
+    short: np.ndarray | float = 0.0
+    posed = lambda field, centre=None: pose(stack - short, field, library, series, mask, config, centre)
     fit = local if len(field.n_atoms) > LARGE else likelihood
     dispersed = config.inference.noise == "over_dispersed"
-    centre, mode, amplitudes, settled = dict(posed(field).centre if centre is None else centre), None, None, False
+    centre, mode, amplitudes, settled = dict(posed(field).centre), None, None, False
     for last in (False,) * (ROUNDS - 1) + (True,):
         problem = posed(field, centre)
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
@@ -127,17 +132,20 @@ def fit_jointly(
         n = np.asarray(problem.n_atoms)
         settled = np.array_equal(counts.n, n)
         field = field_of(mode.parameters, jnp.asarray(counts.n))
-        if not settled:
+        if not settled and not last:
             continue
         hidden = [] if last else processes.of_first(hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem)))
-        if not len(hidden):
+        if len(hidden):
+            field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False
+            centre |= {name: jnp.concatenate([centre[name], posed(field).centre[name][len(n) :]]) for name in PER_COLUMN}
+        elif lacking is not None and np.ndim(short) == 0:
+            short = lacking(mode.parameters, problem)
+        else:
             break
-        field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False
-        centre |= {name: jnp.concatenate([centre[name], posed(field).centre[name][len(n) :]]) for name in PER_COLUMN}
     problem = posed(field_of(mode.parameters, problem.n_atoms), centre)
     if dispersed:
         problem, mode = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)), None
-    return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled)
+    return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled, short)
 
 
 def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitudes | None = None) -> tuple[Counts, Amplitudes]:

@@ -233,20 +233,20 @@ def reconstruct(
         image_shifts=drift * pixel,
     )
     field = processes.of_first(field)
+    pairs, seconds = superposition.asked_for(field, series, config)
     if len(found) > LARGE:
         samples, chains = config.inference.samples, config.inference.chains
         need = forecast(pose(stack.data, field, library, series, mask, config), samples * chains, gradients(samples, chains) if method == "nuts" else 0)
         what = f"{len(found)} columns in {len(defocus)} images of {series.shape[0]} x {series.shape[1]} pixels"
-        pairs, seconds = superposition.asked_for(field, series, config)
         gigabytes = need.gigabytes + superposition.GIGABYTES * pairs
         refuse_beyond_limit(config, gigabytes, what)
-        longer = f", and {math.ceil(seconds / 60)} to {math.ceil((2 * seconds + need.seconds) / 60)} more for the correction of superposition" if pairs else ""
+        longer = f", and {math.ceil(seconds / 60)} more for the correction of superposition" if pairs else ""
         stages.tell(f"{what} take about {math.ceil(need.seconds / 60)} minutes and {gigabytes:.1f} GB{longer}")
-    fit_less = lambda lacking, field, centre=None: fit_jointly(stack.data - lacking, field, library, series, mask, config, progress, centre)
-    joint = fit_less(0.0, field)
+    lacking = lambda parameters, problem: superposition.lacking(parameters, problem, config, progress)[0]
+    joint = fit_jointly(stack.data, field, library, series, mask, config, progress, lacking if pairs else None)
 
     stages("superposition")
-    joint, owed = superposition.corrected(joint, fit_less, config, progress)
+    joint, owed = superposition.settled(joint, config, pairs, seconds, progress)
     problem, estimate, fit = joint.problem, joint.estimate, joint.reader
     n_atoms, probability = np.asarray(problem.n_atoms), joint.counts.probability
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}

@@ -3,26 +3,26 @@
 import dataclasses
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import equinox as eqx
 import numpy as np
-from scipy.interpolate import CubicSpline
 from scipy.spatial import cKDTree
 
 from ..config import Config
+from ..inference import local
 from ..inference.arrow import ArrowFactor
-from ..inference.likelihood import field_of, from_vector, to_vector
+from ..inference.likelihood import Problem, field_of, from_vector, to_vector
 from ..physics import crosstalk
-from ..physics.focal_series import Field, FocalSeries, counts_per_fraction, defocus_minus_depth
+from ..physics.focal_series import Field, FocalSeries, defocus_minus_depth
 from ..physics.gram import has_full_symmetry
 from ..physics.library import is_round
 from ..physics.optics import Microscope
-from ..physics.particle import focal_spectra
+from ..physics.pair_images import PairGram, pair_images, pair_library
+from ..physics.windows import window_renderer
 from ..storage import load_checkpoint, save_arrays
-from .joint import JointFit, recount
+from .joint import JointFit
 from .lattice import SAME, CrystalColumns
 from .libraries import FORMAT, cache_folder, column_geometry, column_of, detector_of, microscope_of
 
@@ -31,7 +31,8 @@ BEYOND = 2.5  # Å beyond the beam's spread that a neighbour still matters: colu
 FAINTEST = 1e-4  # of the largest eigenvalue of a pair's matrix, below which others are left out
 PATIENCE = 900.0  # s of processor time, beyond which pairs are found only where the config asks for it
 GIGABYTES = 1.5  # that pairs take beside a fit
-PLANES = 10.0  # Å between planes that images of pairs are interpolated from
+TOGETHER = 0.2  # rad; pairs whose directions differ by no more are drawn alike
+COARSE = 1e-3  # largest error of an image of what a pair lacks, of its peak
 UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 8 to 30 atoms of gold
 
 
@@ -42,17 +43,14 @@ class Owed(NamedTuple):
     ----------
     change : (F, ny, nx) float32, or zero
         Expected counts.
-    shift : (P,)
-        Of the free parameters that it has caused.
     depth, depth_sd : (C,)
-        The part of it that is depths, and what is not known of it [Å].
+        What it has done to the depths, and what is not known of that [Å].
     pairs : int
     seconds : float
         Processor time that the pairs take, infinite where they cannot be had.
     """
 
     change: np.ndarray
-    shift: np.ndarray
     depth: np.ndarray
     depth_sd: np.ndarray
     pairs: int
@@ -122,19 +120,6 @@ def _across(positions: np.ndarray, pairs: np.ndarray, box: np.ndarray | None) ->
     """From the first to the second of each pair, the short way (m, 2) [Å]."""
     steps = positions[pairs[:, 1]] - positions[pairs[:, 0]]
     return steps if box is None else steps - np.round(steps / box) * box
-
-
-class PairGram(NamedTuple):
-    """What a pair lacks: sum of values times vectors, for waves in units of 1 / cell."""
-
-    values: np.ndarray
-    vectors: np.ndarray
-    waves: np.ndarray
-    cell: float
-
-    @property
-    def matrix(self) -> np.ndarray:
-        return (self.vectors * self.values) @ self.vectors.conj().T
 
 
 def pair_grams(config: Config, group: Neighbours, numbers: set[tuple[int, int]], steps: int, shared: dict) -> dict[tuple[int, int], PairGram]:
@@ -211,126 +196,90 @@ def asked_for(field: Field, series: FocalSeries, config: Config) -> tuple[bool, 
     return wanted == "corrected" or (wanted == "auto" and thick and seconds < PATIENCE), seconds
 
 
-def lacking(joint: JointFit, config: Config, progress: Callable = lambda items, **_: items) -> tuple[np.ndarray, int]:
+def lacking(parameters: dict, problem: Problem, config: Config, progress: Callable = lambda items, **_: items) -> tuple[np.ndarray, int]:
     """What the sum of isolated columns lacks of the expected counts (F, ny, nx) float32 at an estimate, and the number of pairs that it comes of."""
-    problem, series, lens = joint.problem, joint.problem.series, microscope_of(config)
-    field = field_of(joint.estimate.parameters, problem.n_atoms)
-    positions, depths, n = np.asarray(field.positions), np.asarray(field.depths), np.asarray(field.n_atoms)
-    spacing, foci, box = problem.library.spacing, np.asarray(defocus_minus_depth(field, series))[0] + depths[0], _box(series)
-    tops, groups = depths - (n - 1) / 2 * spacing, neighbours_of(field, series, config)
-    steps = int(n.max() + max((g.below for g in groups), default=0.0) / spacing) + 5
-    change, shared = np.zeros((len(foci), *series.shape), np.float32), {}
-    for group in progress(groups, desc="pairs of neighbours", unit="kind"):
-        alike = defaultdict(list)
-        for i, j in group.members:
-            alike[int(n[i]), int(n[j])].append((i, j))
-        shares = shares_of(set(alike))
-        grams = pair_grams(config, group, set().union(*shares.values()), steps, shared)
-        highest = lambda pairs, below=group.below: (tops[pairs[:, 0]] + tops[pairs[:, 1]] - below) / 2
-        planes = foci - highest(group.members)[:, None]
-        of, some = viewer(grams, lens, planes.min(), planes.max()), next(iter(grams.values()))
-        _, qx, qy = focal_spectra(some.matrix, some.waves, (some.cell,) * 2, lens, planes[0, :0])
-        for numbers, members in alike.items():
-            pairs, look = np.array(members), of(shares[numbers])
-            for pair, step, own in zip(pairs, _across(positions, pairs, box), foci - highest(pairs)[:, None], strict=True):
-                spectra = look(own, float(np.arctan2(step[1], step[0])))
-                _paint(change, spectra, qx, qy, step, positions[pair[0]] + step / 2 + np.asarray(field.image_shifts), some.cell / 2, series.pixel_size, series.periodic)
-    change *= (np.asarray(counts_per_fraction(series)) * np.asarray(field.gain)[:, None, None]).astype(np.float32)
+    series, lens = problem.series, microscope_of(config)
+    field = field_of(parameters, problem.n_atoms)
+    n, foci = np.asarray(field.n_atoms), np.asarray(defocus_minus_depth(field, series)[0] + field.depths[0])
+    groups = neighbours_of(field, series, config)
+    steps = int(n.max() + max((g.below for g in groups), default=0.0) / problem.library.spacing) + 5
+    shares = [shares_of(set(map(tuple, n[g.members].tolist()))) for g in groups]
+    shared: dict = {}
+    grams = [
+        pair_grams(config, group, set().union(*of.values()), steps, shared)
+        for group, of in progress(list(zip(groups, shares, strict=True)), desc="pairs of neighbours", unit="kind")
+    ]
+    change = np.zeros((len(foci), *series.shape), np.float32)
+    for separation in sorted({g.separation for g in groups}):
+        own = [k for k, g in enumerate(groups) if g.separation == separation]
+        change += _drawn(parameters, problem, [groups[k] for k in own], [shares[k] for k in own], [grams[k] for k in own], lens, foci)
     return change, sum(len(g.members) for g in groups)
 
 
-def viewer(grams: dict[tuple[int, int], PairGram], lens: Microscope, lowest: float, highest: float) -> Callable[[dict], Callable[[np.ndarray, float], np.ndarray]]:
-    """How pairs of one kind look: from the weights of their Gram matrices, a function of planes (F,) [Å] below its top and an angle [rad].
-
-    It gives Fourier coefficients (F, y, x) of the pair, turned by the angle, seen with the crossover in each plane. Under a round lens they are interpolated between
-    planes `PLANES` apart from `lowest` to `highest` [Å], to 1e-4 of the largest pixel.
-    """
-    at = lambda gram, planes, turn: focal_spectra(gram.matrix, gram.waves, (gram.cell,) * 2, lens, planes, turn)[0]
-    if not is_round(lens):
-        return lambda shares: lambda planes, turn: sum(share * at(grams[node], planes, turn) for node, share in shares.items())
-    grid = np.arange(lowest - PLANES, highest + 2 * PLANES, PLANES)
-    seen = {node: at(gram, grid, 0.0).astype(np.complex64) for node, gram in grams.items()}
-
-    def of(shares):
-        spline = CubicSpline(grid, sum(share * seen[node] for node, share in shares.items()))
-        return lambda planes, turn: spline(planes)
-
-    return of
-
-
-def _paint(change: np.ndarray, spectra: np.ndarray, qx: np.ndarray, qy: np.ndarray, along: np.ndarray, middle: np.ndarray, radius: float, pixel: float, periodic: bool) -> None:
-    """Add images of these spectra, their x turned `along` a direction (2,), about the middle (F, 2) of each image [Å]."""
-    qx, qy = np.meshgrid(qx, qy)
-    half = (qx > 0) | ((qx == 0) & (qy >= 0))
-    c, s = along / np.hypot(*along)
-    qx, qy, part = (c * qx - s * qy)[half], (s * qx + c * qy)[half], spectra[:, half] * np.where((qx == 0) & (qy == 0), 1.0, 2.0)[half]
-    seen = abs(part).max(0) > 1e-4 * abs(part).max()
-    qx, qy, part = qx[seen], qy[seen], part[:, seen]
-    centre = middle.mean(0)
-    first = np.floor((centre - radius) / pixel).astype(int)
-    at = first + np.arange(int(2 * radius / pixel) + 2)[:, None]
-    x, y = (at * pixel - centre).T
-    disc = np.hypot(x, y[:, None]) < radius
-    across, down = (np.exp(2j * np.pi * np.outer(q, r)).astype(np.complex64) for q, r in ((qx, x), (qy, y)))
-    size = np.array(change.shape[:0:-1])
-    inside = np.ones_like(at, bool) if periodic else (at >= 0) & (at < size)
-    columns, rows = (np.mod(at[:, k], size[k])[inside[:, k]] for k in (0, 1))
-    for image, spectrum, place in zip(change, part, middle - centre, strict=True):
-        moved = (spectrum * np.exp(-2j * np.pi * (qx * place[0] + qy * place[1]))).astype(np.complex64)
-        drawn = ((down * moved[:, None]).T @ across).real * disc
-        np.add.at(image, np.ix_(rows, columns), drawn[np.ix_(inside[:, 1], inside[:, 0])])
+def _drawn(parameters: dict, problem: Problem, groups: list[Neighbours], shares: list[dict], grams: list[dict], lens: Microscope, foci: np.ndarray) -> np.ndarray:
+    """Counts (F, ny, nx) that pairs of one separation lack."""
+    positions, n = np.stack([parameters["x"], parameters["y"]], 1), np.asarray(problem.n_atoms)
+    tops = np.asarray(parameters["depth"]) - (n - 1) / 2 * problem.library.spacing
+    pairs = np.concatenate([g.members for g in groups])
+    highest = np.concatenate([(tops[g.members[:, 0]] + tops[g.members[:, 1]] - g.below) / 2 for g in groups])
+    nodes = {(k, pair): i for i, (k, pair) in enumerate((k, pair) for k, of in enumerate(grams) for pair in of)}
+    kinds = {(k, pair): i for i, (k, pair) in enumerate((k, pair) for k, of in enumerate(shares) for pair in of)}
+    kind = np.array([kinds[k, tuple(pair)] for k, g in enumerate(groups) for pair in n[g.members].tolist()])
+    of_kind = [{nodes[k, node]: share for node, share in of[pair].items()} for k, of in enumerate(shares) for pair in of]
+    every = [gram for of in grams for gram in of.values()]
+    step = _across(positions, pairs, _box(problem.series))
+    look = lambda turn: pair_images(every, lens, foci.min() - highest.max(), foci.max() - highest.min(), turn)
+    from_above = look(0.0) if is_round(lens) else None
+    half = int(np.ceil(every[0].cell / 2 / problem.series.pixel_size)) + 1
+    farthest = float(max(abs(foci.min() - highest.max()), abs(foci.max() - highest.min())))
+    change = np.zeros((len(foci), *problem.series.shape), np.float32)
+    for turn, members in directions(np.arctan2(*step.T[::-1])):
+        library = pair_library(look(turn) if from_above is None else from_above, of_kind, every[0].cell, lens, turn)
+        middle = positions[pairs[members, 0]] + step[members] / 2
+        there = parameters | {"x": middle[:, 0], "y": middle[:, 1], "depth": highest[members]}
+        windows = [local.Window(np.arange(len(foci)), half, window_renderer(library, problem.series.pixel_size, half, farthest, tolerance=COARSE))]
+        change += local.signals(there, eqx.tree_at(lambda p: (p.library, p.n_atoms), problem, (library, kind[members] + 1)), windows)
+    return change
 
 
-def owed(joint: JointFit, config: Config, progress: Callable = lambda items, **_: items) -> Owed:
-    """What the estimate owes to superposition, to first order; nothing where the config or the field does not ask for it.
+def directions(angles: np.ndarray) -> list[tuple[float, np.ndarray]]:
+    """Angles [rad] that lie together, in parts of `TOGETHER`: the mean of each and which they are."""
+    order = np.argsort(angles)
+    gaps = np.diff(angles[order], append=angles[order[0]] + 2 * np.pi)
+    order = np.roll(order, -1 - int(np.argmax(gaps)))  # begin behind the widest gap
+    along = np.mod(angles[order] - angles[order[0]], 2 * np.pi)
+    found = []
+    for cluster in np.split(np.arange(len(order)), np.flatnonzero(np.diff(along) > TOGETHER / 2) + 1):
+        part = ((along[cluster] - along[cluster[0]]) / TOGETHER).astype(int)
+        for k in np.unique(part):
+            members = order[cluster[part == k]]
+            found.append((float(np.angle(np.exp(1j * angles[members]).mean())), members))
+    return found
 
-    With c what the expected counts lack, J their derivatives by the parameters, W their precision and C the parameters' covariance, the fit has put C J^T W c
-    too much into the parameters.
+
+def settled(joint: JointFit, config: Config, wanted: bool, seconds: float, progress: Callable = lambda items, **_: items) -> tuple[JointFit, Owed]:
+    """A fit to counts less what superposition lacked on the way there, less what more it lacks at the end, and what that is; nothing where it is not `wanted`.
+
+    To first order: with c what expected counts lack, J their derivatives by the parameters, W their precision and C the parameters' covariance, a fit to counts that
+    hold c is off by C J^T W c. Pairs take `seconds` of processor time.
     """
     n = len(joint.problem.n_atoms)
-    wanted, seconds = asked_for(field_of(joint.estimate.parameters, joint.problem.n_atoms), joint.problem.series, config)
     if not wanted:
-        return Owed(np.float32(0.0), np.zeros(len(joint.estimate.names)), np.zeros(n), np.zeros(n), 0, seconds)
-    change, pairs = lacking(joint, config, progress)
-    shift = _follows(joint, change)
-    return Owed(change, shift, shift[:n], UNSURE * abs(shift[:n]), pairs, seconds)
+        return joint, Owed(np.float32(0.0), np.zeros(n), np.zeros(n), 0, seconds)
+    estimate, problem = joint.estimate, joint.problem
+    change, pairs = lacking(estimate.parameters, problem, config, progress)
+    rest = change - joint.lacking
+    shift, more = _follows(joint, np.stack([change, rest])).T
+    problem = dataclasses.replace(problem, counts=problem.counts - rest)
+    moved = from_vector(to_vector(estimate.parameters, problem) - more, problem)
+    parameters = estimate.parameters | {name: value for name, value in moved.items() if name in problem.free}
+    return joint._replace(problem=problem, estimate=estimate._replace(parameters=parameters), lacking=change), Owed(change, shift[:n], UNSURE * abs(shift[:n]), pairs, seconds)
 
 
-def _follows(joint: JointFit, change: np.ndarray) -> np.ndarray:
-    """What a change (F, ny, nx) of all counts does to the free parameters (P,), to first order."""
-    factor, information = joint.estimate.factor, joint.reader.information_along(joint.estimate.parameters, joint.problem, change[None])[:, 0]
+def _follows(joint: JointFit, changes: np.ndarray) -> np.ndarray:
+    """What changes (K, F, ny, nx) of all counts do to the free parameters (P, K), to first order."""
+    factor, information = joint.estimate.factor, joint.reader.information_along(joint.estimate.parameters, joint.problem, changes)
     return factor.solve(information) if isinstance(factor, ArrowFactor) else factor @ (factor.T @ information)
-
-
-def paid(joint: JointFit, owed: Owed, advance: np.ndarray | None = None) -> JointFit:
-    """The fit less what superposition has put into its parameters, and the counts less what it lacks: for them the same model is right.
-
-    `advance` (F, ny, nx) is what the fitted counts were less already.
-    """
-    estimate, rest = joint.estimate, owed.change if advance is None else owed.change - advance
-    shift = owed.shift if advance is None else _follows(joint, rest)
-    problem = dataclasses.replace(joint.problem, counts=joint.problem.counts - rest)
-    moved = estimate.parameters | {name: value for name, value in from_vector(to_vector(estimate.parameters, problem) - shift, problem).items() if name in problem.free}
-    return joint._replace(problem=problem, estimate=estimate._replace(parameters=moved))
-
-
-def corrected(joint: JointFit, refit: Callable, config: Config, progress: Callable = lambda items, **_: items) -> tuple[JointFit, Owed]:
-    """The fit without what superposition has put into its parameters and atom counts, and what that was.
-
-    Where columns without it have other counts, `refit` fits the field anew, once, given what the counts lack (F, ny, nx), the field to start from and the priors'
-    centre, and what is lacking is found again.
-    """
-    debt = owed(joint, config, progress)
-    settled = paid(joint, debt)
-    if not debt.pairs:
-        return settled, debt
-    parameters, problem = settled.estimate.parameters, settled.problem
-    counts, amplitudes = recount(parameters, problem, config.inference.noise == "over_dispersed", joint.amplitudes)
-    if np.array_equal(counts.n, problem.n_atoms):
-        return settled._replace(counts=counts, amplitudes=amplitudes), debt
-    again = refit(debt.change, field_of(parameters, jnp.asarray(counts.n)), problem.centre)
-    rest = owed(again, config, progress)
-    return paid(again, rest, debt.change), rest
 
 
 def is_thick(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float) -> np.ndarray:

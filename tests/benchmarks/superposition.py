@@ -18,7 +18,6 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -31,7 +30,6 @@ from depthprob.config import config_from_dict
 from depthprob.inference.likelihood import make_problem
 from depthprob.physics.focal_series import renderer
 from depthprob.physics.multislice import multislice, transmission
-from depthprob.reconstruction.joint import JointFit
 from depthprob.reconstruction.superposition import lacking
 
 A, B, DOSE, FOCI = 4.08, 0.63, 9612.0, np.arange(-200.0, 201, 10)
@@ -190,7 +188,7 @@ def of_pairs(case: Case) -> tuple[float, float]:
     field = dp.Field(columns[:, :2] + cell / 2, np.full(len(columns), case.n_atoms), columns[:, 2], 1e-4 * ones, ones, np.zeros((len(FOCI), 2)))
     problem = make_problem(np.zeros((len(FOCI), size, size)), field, library, series)
     config = config_from_dict({"specimen": {"zone_axis": [int(i) for i in case.zone]}})
-    change, _ = lacking(JointFit(problem, SimpleNamespace(parameters=problem.start), None, None, True), config)
+    change, _ = lacking(problem.start, problem, config)
     weights, _ = functionals(case, columns, spacing, cell, size)
     depth, amplitude = (weights * change / (DOSE * series.pixel_size**2)).sum((1, 2, 3))
     return float(depth), float(amplitude)
