@@ -19,6 +19,7 @@ from depthprob.physics.particle import (
     simulate_particle,
     thermal_displacements,
 )
+from depthprob.physics.specimen import rms_from_debye_waller_b
 
 # an oblong cell without symmetry, and aberrations that break the remaining ones, so that no wrong sign goes unnoticed
 MICROSCOPE = Microscope(
@@ -195,6 +196,18 @@ def test_sites_are_filled_as_often_as_asked_and_by_one_atom():
 def test_an_empty_cell_scatters_nothing():
     gram, waves = particle_gram(MIXED[:0], "Au", (5.0, 5.0), Microscope(100e3, 15.0), AnnularDetector(30.0, 60.0), 0.15)
     assert gram.shape == (len(waves),) * 2 and np.abs(gram).max() < 1e-9
+
+
+def test_one_atom_is_as_bright_as_its_library_says_but_for_the_soft_edge_of_the_aperture(library):
+    """A thermal atom is a still one, blurred. Amplitudes f of a rim one pixel 1 / L wide, of a probe of one electron, peak at (sum f)^2 / sum f^2: higher by 1 / (3 k0 L)."""
+    lens, detector, cell = Microscope(300e3, 21.0), AnnularDetector(48.0, 180.0), 12.0
+    gram, waves = particle_gram(np.zeros((1, 3)), "Au", (cell, cell), lens, detector, 0.035)
+    fwhm = np.sqrt(library.source_fwhm**2 + 8 * np.log(2) * rms_from_debye_waller_b(0.63) ** 2)
+    seen = images_from_gram(gram, waves, (cell, cell), eqx.tree_at(lambda m: m.source_fwhm, lens, fwhm), np.zeros(1), (48, 48))[0]
+    rim = 1 / (3 * 21e-3 / float(wavelength(300e3)) * cell)
+    assert rim == pytest.approx(0.026, abs=1e-3)
+    assert seen[0, 0] / library.series(1, 0.0, np.zeros(1), np.zeros(1))[0, 0, 0] == pytest.approx(1 + rim, abs=0.004)  # second order; a wider cell comes nearer
+    assert seen.mean() * cell**2 == pytest.approx(float(library.cross_section[0]), rel=2e-3)
 
 
 def test_a_plane_of_two_elements_scatters_as_in_abtem():
