@@ -30,10 +30,10 @@ NUISANCES = (
     "focus_step",
     "source_size",
 )
-CRLB_NUISANCES = (*NUISANCES, "focal_spread")
+CRLB_NUISANCES = (*NUISANCES, "focal_spread", "debye_waller_B")
 DESIGN_VARIABLES = ("defocus", "dose", "convergence_angle", "detector")
 PRIORS = ("depth_A", "position_A", "gain", "background", "image_shift_A", "focus_offset_A", "focus_step", "source_variance_A2")
-CRLB_PRIORS = (*PRIORS, "focal_variance_A2")
+CRLB_PRIORS = (*PRIORS, "focal_variance_A2", "debye_waller_B_A2")
 ABERRATIONS = tuple(
     f"C{n}{m}"
     for n, ms in {1: "2", 2: "13", 3: "024", 4: "135", 5: "0246"}.items()

@@ -116,7 +116,7 @@ def _grids(column, energy, aperture, edges, modes, parametrization, range_of_pot
         incident[l, : len(radial)] = radial * np.sqrt(2 * np.pi * k * w_k)
 
     grid_weight = 2 * np.pi * np.sqrt(np.outer(r * w_r, k * w_k))
-    harmonics, share = thermal_scattering(column, energy, r, parametrization, thermal_nodes)
+    harmonics, share = thermal_scattering(column, energy, r, 2 * k_max, parametrization, thermal_nodes)
     mean = np.tensordot(share, harmonics[:, 0], 1)
     strength = (abs(harmonics) ** 2 * (r * w_r)).sum(-1).max(0)
     n_m = int(np.flatnonzero(strength > 1e-9 * strength.max())[-1]) + 1

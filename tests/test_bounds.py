@@ -1,13 +1,13 @@
 """Bounds of a column with more unknown than the library itself can move, and with something known beforehand."""
 
-import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthprob.config import config_from_dict
+from depthprob.config import Config, config_from_dict
 from depthprob.errors import InputError
 from depthprob.inference.likelihood import crlb
 from depthprob.physics.detector import AnnularDetector
@@ -16,7 +16,8 @@ from depthprob.physics.library import library_from_gram
 from depthprob.physics.optics import Microscope
 from depthprob.physics.specimen import Column
 from depthprob.physics.thermal import thermal_gram
-from depthprob.reconstruction.bounds import column_crlb
+from depthprob.reconstruction import libraries
+from depthprob.reconstruction.bounds import _grams_about, column_crlb
 
 DEFOCUS = np.arange(-40.0, 121.0, 20.0)  # not even about the column: else depth and width would have nothing in common
 SERIES = FocalSeries(DEFOCUS, 0.3, np.full(len(DEFOCUS), 9612.0), (21, 21))
@@ -41,7 +42,7 @@ def settings(n_atoms, **crlb):
 
 def by_source_variance(field, library):
     """Derivative of the expected counts by the variance of the source image."""
-    counts = lambda v: expected_counts(dataclasses.replace(field, source_variance=v), library, SERIES)
+    counts = lambda v: expected_counts(replace(field, source_variance=v), library, SERIES)
     return np.asarray(jax.jvp(counts, (jnp.array(0.0),), (jnp.array(1.0),))[1])
 
 
@@ -77,7 +78,7 @@ def test_an_unknown_given_by_its_derivative_costs_what_the_parameter_costs(libra
 
 def test_focal_spread_is_diffusion_along_the_focus(gram):
     # beside the images of two lenses of other spread, whose waves are damped by exp(-(pi lambda s)^2 (k^2 - k'^2)^2 / 2)
-    lens = lambda variance: dataclasses.replace(LENS, focal_spread=variance**0.5)
+    lens = lambda variance: replace(LENS, focal_spread=variance**0.5)
     below, middle, above = (library_from_gram(gram, lens(v), (-60.0, 140.0)) for v in (0.0, 50.0, 100.0))
     field = column_of(2)
     counts = lambda library: np.asarray(expected_counts(field, library, SERIES), float)
@@ -97,3 +98,20 @@ def test_the_config_says_what_is_known_beforehand():
     np.testing.assert_allclose(each["focus_offset"], np.hypot(told["column_depth_sd_A"], 2.0), rtol=1e-5)
     np.testing.assert_allclose(each["focal_spread"], told["column_depth_sd_A"], rtol=1e-5)  # as good as known
     assert vague["column_depth_sd_with_nuisances_A"]["focal_spread"] > 1.001 * each["focal_spread"]
+
+
+def test_a_single_atom_that_shakes_more_looks_like_a_wider_source(monkeypatch):
+    """Blurred by u^2 = B / (8 pi^2) along each axis, whatever the atom: two unknowns that cost the same, to 2e-5 of a peak that libraries are true to. For a column that is no longer so."""
+    monkeypatch.setattr(libraries, "LENGTHS", (1, 2))
+    closed = lambda n: replace(settings(n, nuisances=["source_size", "debye_waller_B"]), thermal=Config().thermal)
+    bounds = lambda n: column_crlb(closed(n))["column_depth_sd_with_nuisances_A"]
+    one, two = bounds(1), bounds(2)
+    assert one["debye_waller_B"] == pytest.approx(one["source_size"], rel=5e-4) and one["source_size"] > 1.005 * column_crlb(closed(1))["column_depth_sd_A"]
+    assert two["debye_waller_B"] != pytest.approx(two["source_size"], rel=2e-3)
+
+
+@pytest.mark.parametrize("section", [{"specimen": {"tilt_mrad": [5.0, 0.0]}}, {"thermal": {"model": "absorptive"}}, {"specimen": {"debye_waller_B_A2": 0.01}}])
+def test_b_is_a_nuisance_where_its_derivative_can_be_had(section):
+    config = config_from_dict({"crlb": {"nuisances": ["debye_waller_B"]}, **section})
+    with pytest.raises(InputError, match=r"debye_waller_B.*Leave it out"):
+        _grams_about(config, 2, lambda items, **_: items)

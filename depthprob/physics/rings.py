@@ -60,7 +60,7 @@ class Scatterer(NamedTuple):
     rings: list
 
 
-def prepare_scatterer(column: Column, energy: float, aperture: float, edges: tuple[float, ...], parametrization: str = "lobato", oversampling: float = 1.15) -> Scatterer:
+def prepare_scatterer(column: Column, energy: float, aperture: float, edges: tuple[float, ...], parametrization: str = "lobato", oversampling: float = 1.0) -> Scatterer:
     """Grids and operators for columns up to `column`, incident waves up to `aperture` [1/Å], and rings between `edges` [mrad].
 
     Waves that leave the column are followed, not absorbed: the nodes in frequency resolve as far as they travel.

@@ -1,14 +1,16 @@
 """Cramér-Rao bounds of one isolated column."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from ..config import Config
+from ..errors import InputError
 from ..inference.fisher import atom_information
 from ..inference.likelihood import crlb
-from ..physics.focal_series import Field, FocalSeries, counts_by_focal_variance
-from ..physics.gram import has_full_symmetry
+from ..physics.focal_series import Field, FocalSeries, counts_by_focal_variance, expected_counts
+from ..physics.gram import ColumnGram, has_full_symmetry
 from .joint import PRIOR_OF
 from .libraries import column_of, detector_of, gram_for, library_of, microscope_of, read_variance_of, z_range_of
 from .pipeline import GAUGE
@@ -17,6 +19,22 @@ ATOM_MODEL = (
     "independent thermal displacements, averaged in closed form: no Monte-Carlo error, hence a standard error of zero, and exact derivatives; "
     "zero is no accuracy: how far finer grids move bounds beyond the column's length is not measured"
 )
+
+B_STEP = 0.05  # Å^2; of the difference that stands for the derivative by B
+
+
+def _grams_about(config: Config, n_max: int, progress: Callable) -> list[ColumnGram]:
+    """Gram matrices of columns whose B is lower and higher by `B_STEP`."""
+    if config.thermal.model == "absorptive" or not has_full_symmetry(column_of(config, n_max), detector_of(config)):
+        raise InputError(
+            'crlb.nuisances holds "debye_waller_B", whose derivative comes from the closed thermal average; it is allowed for upright crystals, round detectors and thermal.model "'
+            f'frozen_phonon", and here specimen.tilt_mrad is {list(config.specimen.tilt_mrad)} and thermal.model {config.thermal.model!r}. Leave it out.'
+        )
+    b = config.specimen.debye_waller_b
+    if b <= B_STEP:
+        raise InputError(f'crlb.nuisances holds "debye_waller_B", and specimen.debye_waller_B_A2 is {b:g}; allowed is more than {B_STEP:g} with it. Leave it out.')
+    moved = [replace(config, specimen=replace(config.specimen, debye_waller_B_A2=b + step, rms_displacement_A=None)) for step in (-B_STEP, B_STEP)]
+    return [gram_for(other, n_max, progress) for other in moved]
 
 
 def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -> dict:
@@ -42,9 +60,14 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     known = config.crlb.prior_sd
     prior_sd = {name: sd for word, sd in known.items() for name in PRIOR_OF[word]}
 
+    by_parameter = {"focal_spread": lambda field: counts_by_focal_variance(field, library, series)}
+    if "debye_waller_B" in config.crlb.nuisances:
+        colder, warmer = (library_of(g, microscope, z_range_of(config)) for g in _grams_about(config, largest, progress))
+        by_parameter["debye_waller_B"] = lambda field: (expected_counts(field, warmer, series) - expected_counts(field, colder, series)) / (2 * B_STEP)
+
     def bound(nuisances, n=n):
-        free = tuple(name for name in nuisances if name != "focal_spread")
-        beside = {name: counts_by_focal_variance(field_of_n(n), library, series) for name in nuisances if name not in free}
+        free = tuple(name for name in nuisances if name not in by_parameter)
+        beside = {name: by_parameter[name](field_of_n(n)) for name in nuisances if name not in free}
         return float(crlb(field_of_n(n), library, series, free, read_variance_of(config), prior_sd, beside)[0])
 
     sets = [(name,) for name in config.crlb.nuisances] + [config.crlb.nuisances]

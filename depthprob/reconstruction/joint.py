@@ -33,7 +33,7 @@ NINETY = 1.6449  # standard deviations that hold 90 % of a normal distribution
 PRIOR_OF = {  # parameters behind the config's words
     "depth_A": ("depth",), "position_A": ("x", "y"), "gain": ("log_gain",), "background": ("log_background",), "image_shift_A": ("shift_x", "shift_y"),
     "focus_offset_A": ("focus_offset",), "focus_step": ("focus_step",), "source_variance_A2": ("source_variance",),
-    "focal_variance_A2": ("focal_spread",),  # of bounds alone
+    "focal_variance_A2": ("focal_spread",), "debye_waller_B_A2": ("debye_waller_B",),  # of bounds alone
 }  # fmt: skip
 
 

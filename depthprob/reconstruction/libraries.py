@@ -34,7 +34,7 @@ MARGIN = 60.0  # Å that depths may lie beyond the foci
 LIVELIER = 0.05  # Å^2 of B, between columns whose difference stands for the derivative
 LEAN = 0.5  # mrad of tilt, likewise
 UNROUND = {"C12": (1, 2), "C21": (2, 1), "C23": (2, 3)}  # aberrations that residuals are asked for: n and m
-FORMAT = 3  # of the files in the cache
+FORMAT = 4  # of the files in the cache
 
 
 def cache_folder() -> Path:
