@@ -13,6 +13,7 @@ from .arrow import ArrowFactor
 from .likelihood import DARKEST, Estimate, Problem
 
 POWERS = (1, 2, 3)  # of the number of atoms, by which wrong counts brighten columns
+ROUNDING = 1e-6  # of a setting's information, below which what the fitted parameters leave of it is rounding: float32 images leave 2e-8, of either sign
 STEPS = {"focus_step": 0.01, "source_variance": 0.005}  # 1, Å^2; of the differences that stand for derivatives
 
 
@@ -93,7 +94,7 @@ def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[Co
     score, information, solved = score - taken.T @ score[many:], information - information[:, many:] @ taken, solved - solved[:, many:] @ taken
     out = {}
     for i, name in enumerate(settings):
-        if information[i, i] <= 1e-9 * alone[i, i]:  # the fitted parameters do all that the setting does
+        if information[i, i] <= ROUNDING * alone[i, i]:  # the fitted parameters do all that the setting does
             out[name] = Asked(0.0, np.inf, np.zeros(len(problem.n_atoms)))
         else:
             change = float(score[i] / information[i, i])
