@@ -332,35 +332,56 @@ def _check_stored(path: Path, file) -> None:
         raise InputError(f"{path}: the stack declares {stack.shape} {stack.dtype}, but not all of it was written. Save it again.")
 
 
+class _ReadOnce(mmap.mmap):
+    """A file's bytes, of which no more are given out than there are: variables that declare the same bytes over and over would fill the memory."""
+
+    given = 0
+
+    def read(self, n: int | None = None) -> bytes:
+        content = super().read(n)
+        self.given += len(content)
+        if self.given > len(self):
+            raise ValueError(f"its variables declare more than the {len(self)} bytes that it holds")
+        return content
+
+
 def _read_netcdf(path: Path, ndim: int = 3) -> _Content:
     import h5py
-    import xarray
 
     with naming(path, *PARSER_FAULTS):
-        classic = _starts_with(path, b"CDF")
-        if not classic:
-            with h5py.File(path, "r") as file:
-                _check_heaps(path, file)
-                if isinstance(file.get("stack"), h5py.Dataset):
-                    _check_shape(path, file["stack"].shape, file["stack"].dtype, ndim)
-                    _check_stored(path, file)
-        with xarray.open_dataset(
-            path, engine="scipy" if classic else "h5netcdf", decode_times=False
-        ) as data:
-            if "stack" not in data:
-                raise _missing_stack(path, [str(name) for name in data.variables])
-            stack = data["stack"]
-            wanted = ("defocus", "y", "x")[3 - ndim :]
-            if set(stack.dims) == set(wanted):
-                stack = stack.transpose(*wanted)
-            _check_shape(path, stack.shape, stack.dtype, ndim)
+        if _starts_with(path, b"CDF"):  # scipy reads every variable at once, and leaves a file open that it does not understand: it gets one opened here
+            size = path.stat().st_size
+            if 2 * size > memory_bytes():
+                raise InputError(f"{path}: has {size / 2**30:.1f} GiB, too much for {memory_bytes() / 2**30:.1f} GiB of memory. Crop or bin the images.")
+            with path.open("rb") as file, _ReadOnce(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+                return _of_dataset(path, held, "scipy", ndim)
+        with h5py.File(path, "r") as file:
+            _check_heaps(path, file)
+            if isinstance(file.get("stack"), h5py.Dataset):
+                _check_shape(path, file["stack"].shape, file["stack"].dtype, ndim)
+                _check_stored(path, file)
+        return _of_dataset(path, path, "h5netcdf", ndim)
 
-            def get(name: str) -> Any:
-                if name in data.variables:
-                    return data[name].values
-                return stack.attrs.get(name, data.attrs.get(name))
 
-            return _content(path, stack.values, get)
+def _of_dataset(path: Path, source: Path | mmap.mmap, engine: str, ndim: int) -> _Content:
+    """The stack and its entries, as xarray's engine reads them from a path or an open file."""
+    import xarray
+
+    with xarray.open_dataset(source, engine=engine, decode_times=False) as data:
+        if "stack" not in data:
+            raise _missing_stack(path, [str(name) for name in data.variables])
+        stack = data["stack"]
+        wanted = ("defocus", "y", "x")[3 - ndim :]
+        if set(stack.dims) == set(wanted):
+            stack = stack.transpose(*wanted)
+        _check_shape(path, stack.shape, stack.dtype, ndim)
+
+        def get(name: str) -> Any:
+            if name in data.variables:
+                return data[name].values
+            return stack.attrs.get(name, data.attrs.get(name))
+
+        return _content(path, stack.values, get)
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

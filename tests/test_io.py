@@ -97,6 +97,34 @@ def test_classic_netcdf_and_transposed_dimensions_are_read(tmp_path, counts):
         np.testing.assert_array_equal(io.read_stack(tmp_path / "stack.nc", settings()).data, counts)
 
 
+def test_a_damaged_classic_netcdf_file_is_refused_and_not_left_open(tmp_path, counts):
+    import xarray
+
+    path, open_files = tmp_path / "stack.nc", Path("/proc/self/fd")
+    if not open_files.exists():
+        pytest.skip("needs a system that lists open files")
+    xarray.Dataset({"stack": (("defocus", "y", "x"), counts.astype("i4"))}).to_netcdf(path, engine="scipy")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(InputError, match="cannot read") as refused:
+        io.read_stack(path, settings())
+    assert refused.tb is not None  # which holds all that the reader had in hand
+    assert str(path) not in {str(p.readlink()) for p in open_files.iterdir() if p.is_symlink()}
+
+
+def test_classic_netcdf_variables_that_all_declare_the_same_bytes_are_refused(tmp_path, counts):
+    import xarray
+
+    path = tmp_path / "stack.nc"
+    dims, values = ("defocus", "y", "x"), counts.astype("i4")
+    xarray.Dataset({"stack": (dims, values), "again": (dims, values)}).to_netcdf(path, engine="scipy")
+    whole = path.read_bytes()
+    first, second = len(whole) - 2 * values.nbytes, len(whole) - values.nbytes
+    assert whole.count(second.to_bytes(8, "big")) == 1  # where the second begins, in the 64-bit offset format
+    path.write_bytes(whole.replace(second.to_bytes(8, "big"), first.to_bytes(8, "big"))[:second])
+    with pytest.raises(InputError, match="declare more than the"):
+        io.read_stack(path, settings())
+
+
 def test_fractions_become_counts_by_dose_and_pixel_area(tmp_path):
     fraction = np.random.default_rng(0).uniform(0, 0.2, SHAPE)
     path = save(tmp_path / "stack.npz", fraction)
