@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, root
 from scipy.stats import kstest
 
 from depthprob.inference import single
-from depthprob.inference.likelihood import depth_bounds, fisher_and_score, make_problem, maximum
+from depthprob.inference.likelihood import BACKGROUND_SHAPE, PRIOR_SD, depth_bounds, fisher_and_score, make_problem, maximum
 from depthprob.inference.single import compare_estimators, fit_single_columns
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 
@@ -52,6 +52,27 @@ def test_estimates_are_those_of_the_joint_fit(library):
     np.testing.assert_allclose(fit.sd, joint.sd("depth"), rtol=0.01)
     problem = make_problem(counts, field(7, float(fit.depth[0]), float(fit.x[0]), float(fit.y[0])), library, SERIES, ("positions",))
     np.testing.assert_allclose(fit.crlb, depth_bounds(fisher_and_score(problem.start, problem)[0], problem), rtol=0.01)
+
+
+@pytest.mark.parametrize("dose", [300.0, 9612.0])
+def test_the_slope_of_likelihood_times_prior_is_zero_at_the_estimate(library, dose):
+    series = FocalSeries(DEFOCUS, 0.4, np.full(IMAGES, dose), SERIES.shape)
+    counts = np.random.default_rng(5).poisson(np.asarray(expected_counts(field(7, -22.0, 0.1, -0.15), library, series), float))
+    fit = fit_single_columns(counts[None], np.array([7]), library, series)
+    assert fit.converged.all()
+    tables = single._tables(library, 0.4, series.shape)
+    inverse_variance = np.array([PRIOR_SD[name] ** -2 for name in ("depth", "x", "y")])
+
+    def slope(theta):
+        free = jnp.array([theta[0], theta[1], theta[2], 0.0, theta[3]])
+        rate, rows = (np.asarray(a, float) for a in single._rate_and_derivatives(free, jnp.array(7), library, tables, jnp.asarray(DEFOCUS), jnp.float32(dose * 0.16)))
+        of_data = (rows[[0, 1, 2, 4]] * (counts.reshape(rate.shape) / rate - 1)).sum((1, 2))
+        return of_data + np.append(-inverse_variance * theta[:3], BACKGROUND_SHAPE)
+
+    scale, start = np.array([fit.sd[0], 0.02, 0.02, 0.05]), np.array([-22.0, 0.1, -0.15, np.log(1e-3)])
+    best = root(lambda u: slope(start + scale * u) * scale, np.zeros(4), options={"eps": 1e-3, "xtol": 1e-6}).x * scale + start
+    np.testing.assert_allclose(fit.depth, best[0], atol=2e-3 * fit.sd[0])
+    np.testing.assert_allclose([fit.x[0], fit.y[0], np.log(fit.background[0])], best[1:], atol=1e-4)
 
 
 def test_maximum_likelihood_reaches_the_bound_and_the_peak_does_not(library):

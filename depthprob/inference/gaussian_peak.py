@@ -4,12 +4,16 @@ Alania et al. (2017), section 3.1, step 4: intensity averaged around the column,
 correction from the peak to the centre of mass from the simulated series of that number of atoms.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from ..physics.focal_series import FocalSeries
 from ..physics.library import ColumnLibrary
+
+LEAST = 1e-12  # square of a bell less its mean, summed over the foci, below which nothing is seen of it
 
 
 class PeakFit(NamedTuple):
@@ -67,73 +71,107 @@ def disc_averages(stack: np.ndarray, positions: np.ndarray, shifts: np.ndarray, 
     return out
 
 
-def fit_gaussians(defocus: np.ndarray, intensity: np.ndarray, iterations: int = 60, together: int = 512):
+def fit_gaussians(defocus: np.ndarray, intensity: np.ndarray, iterations: int = 60, together: int = 1024):
     """Least-squares Gaussians through rows of intensity (C, F), `together` at a time: parameters (C, 4) and covariances (C, 4, 4).
 
-    Parameters are amplitude, peak, width, background. Gauss-Newton with a damping that rises where a step makes a row worse.
+    Parameters are amplitude, peak, width, background. Amplitude and background, in which the model is linear, are always the best for their peak and width;
+    Gauss-Newton in these two (variable projection, L. Kaufman, BIT 15, 49 (1975)), with a damping that rises where a step makes a row worse.
     """
-    parts = [_fit_gaussians(np.asarray(defocus, float), np.asarray(rows, float), iterations) for rows in np.split(intensity, range(together, len(intensity), together))]
+    one = lambda rows: _fit_gaussians(np.asarray(defocus, float), np.asarray(rows, float), iterations)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy's loops run side by side
+        parts = list(pool.map(one, np.split(intensity, range(together, len(intensity), together))))
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
 def _fit_gaussians(defocus: np.ndarray, intensity: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
-    floor, span = intensity.min(1), np.ptp(defocus)
-    weight = (intensity - floor[:, None]) ** 2
-    total = np.maximum(weight.sum(1), 1e-30)
-    peak = weight @ defocus / total
-    width = np.sqrt(np.maximum(2 * (weight @ defocus**2 / total - peak**2), 0))  # the square of a Gaussian is narrower by a root of two
-    theta = np.stack([intensity.max(1) - floor, peak, np.clip(width, span / 50, span / 2), floor], 1)
-    floor_of_diagonal = 1e-12 * np.maximum(np.ptp(intensity, axis=1), 1e-30) ** 2
-    damping, diagonal = np.full(len(intensity), 1e-6), np.arange(4)
-    products = _gaussian_products(defocus, intensity, theta)
-    rows = np.arange(len(intensity))  # not yet at their minimum
+    span, along = np.ptp(defocus), np.ascontiguousarray(intensity.T)  # foci first: sums over them run along whole rows of columns
+    floor, height = along.min(0), np.ptp(along, axis=0)
+    weight = (along - floor) ** 2
+    total = np.maximum(weight.sum(0), 1e-30)
+    peak = defocus @ weight / total
+    width = np.sqrt(np.maximum(2 * (defocus**2 @ weight / total - peak**2), 0))  # the square of a Gaussian is narrower by a root of two
+    width = np.clip(width, span / 50, span / 2)
+    mean = along.mean(0)
+    varied = along - mean
+    square = np.einsum("fc,fc->c", varied, varied)
+    least = 1e-12 * np.maximum(height, 1e-30) ** 2  # on diagonals, where the data tell nothing
+
+    rows, damping = np.arange(len(intensity)), np.full(len(intensity), 1e-6)  # not yet at their minimum
+    left, sums = varied, _gaussian_sums(defocus, varied, peak, width)
+    final, move = np.empty_like(sums), np.zeros((2, len(peak)))  # sums before the last step, and that step along peak and width
     for _ in range(iterations):
-        normal = products.take(rows, 0)
-        cost = normal[:, 4, 4]
-        normal[:, diagonal, diagonal] = normal[:, diagonal, diagonal] * (1 + damping[rows, None]) + floor_of_diagonal[rows, None]
-        step = _solve(normal[:, :4, :4], normal[:, :4, 4])
-        step[:, 1] = np.clip(step[:, 1], -span / 4, span / 4)
-        trial = theta[rows] + step
-        trial[:, 2] = np.clip(abs(trial[:, 2]), span / 200, 2 * span)
-        moved = _gaussian_products(defocus, intensity.take(rows, 0), trial)
-        gained = cost - moved[:, 4, 4]
-        better = gained >= 0
-        theta[rows[better]], products[rows[better]] = trial[better], moved[better]
-        damping[rows] = np.where(better, damping[rows] / 5, np.maximum(damping[rows] * 25, 1e-3))
-        rows = rows[~better | (gained > 1e-7 * cost)]
+        _, explained, slope_p, slope_w, pp, pw, ww = _projected(sums, len(defocus))
+        pp, ww = (a * (1 + damping[rows]) + least[rows] for a in (pp, ww))
+        determinant = pp * ww - pw**2
+        to_p, to_w = (ww * slope_p - pw * slope_w) / determinant, (pp * slope_w - pw * slope_p) / determinant
+        moves = np.stack([np.clip(width[rows] * to_p, -span / 4, span / 4), np.clip(abs(width[rows] * (1 + to_w)), span / 200, 2 * span) - width[rows]])
+        cost = square[rows] - explained
+        last = slope_p * to_p + slope_w * to_w <= 1e-7 * cost  # what the step can gain
+        if last.any():
+            final[:, rows[last]], move[:, rows[last]] = sums[:, last], moves[:, last]
+            more = ~last
+            rows, left, sums, moves, explained = rows[more], left[:, more], sums[:, more], moves[:, more], explained[more]
         if not len(rows):
             break
-    variance = products[:, 4, 4] / max(1, len(defocus) - 4)
-    normal = products[:, :4, :4].copy()
-    normal[:, diagonal, diagonal] += floor_of_diagonal[:, None]
-    return theta, np.linalg.inv(normal) * variance[:, None, None]
+        trial_p, trial_w = peak[rows] + moves[0], width[rows] + moves[1]
+        moved = _gaussian_sums(defocus, left, trial_p, trial_w)
+        better = _projected(moved, len(defocus))[1] >= explained
+        peak[rows[better]], width[rows[better]] = trial_p[better], trial_w[better]
+        sums = moved if better.all() else np.where(better, moved, sums)
+        damping[rows] = np.where(better, damping[rows] / 5, np.maximum(damping[rows] * 25, 1e-3))
+    final[:, rows] = sums
+    return _with_covariance(final, peak, width, move, mean, square, least, len(defocus))
 
 
-def _solve(matrices: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """x (C, m) of positive definite systems (C, m, m) x = (C, m), by elimination; all at once, where LAPACK takes them one by one."""
-    m = right.shape[1]
-    rows = [[matrices[:, i, j] for j in range(m)] + [right[:, i]] for i in range(m)]
-    for i in range(m):
-        for k in range(i + 1, m):
-            factor = rows[k][i] / rows[i][i]
-            rows[k][i + 1 :] = [b - factor * a for a, b in zip(rows[i][i + 1 :], rows[k][i + 1 :], strict=True)]
-    x = [np.zeros(0)] * m
-    for i in reversed(range(m)):
-        x[i] = (rows[i][m] - sum(rows[i][j] * x[j] for j in range(i + 1, m))) / rows[i][i]
-    return np.stack(x, 1)
+def _with_covariance(sums, peak, width, move, mean, square, least, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters (C, 4) after the last step, which takes amplitude and background along to first order, and covariances (C, 4, 4) at the point before it."""
+    amplitude, explained, _, _, pp, pw, ww = _projected(sums, n)
+    sum_b, sum_p, sum_w, bb, bp, wb = sums[:6]
+    spread = np.maximum(bb - sum_b**2 / n, LEAST)
+    pp, ww = pp + least, ww + least
+    bent = np.array([[ww, -pw], [-pw, pp]]) * (width**2 / (pp * ww - pw**2))  # inverse of the information on peak and width
+    straight = np.array([[np.ones_like(bb), -sum_b / n], [-sum_b / n, bb / n]]) / spread  # on amplitude and background, peak and width known
+    by_move = amplitude / width * np.array([[bp, wb], [sum_p, sum_w]])
+    follow = -np.einsum("ijc,jkc->ikc", straight, by_move)  # of amplitude and background, by peak and width
+    beside = np.einsum("ijc,jkc->ikc", follow, bent)
+    covariance = np.empty((4, 4, len(peak)))
+    linear, other = np.ix_((0, 3), (0, 3)), np.ix_((0, 3), (1, 2))
+    covariance[1:3, 1:3], covariance[other] = bent, beside
+    covariance[np.ix_((1, 2), (0, 3))] = beside.swapaxes(0, 1)
+    covariance[linear] = straight + np.einsum("ijc,kjc->ikc", beside, follow)
+    covariance *= (square - explained) / max(1, n - 4)
+    more = np.einsum("ijc,jc->ic", follow, move)
+    theta = np.stack([amplitude + more[0], peak + move[0], width + move[1], mean - amplitude * sum_b / n + more[1]], 1)
+    return theta, np.moveaxis(covariance, 2, 0)
 
 
-def _gaussian_products(defocus: np.ndarray, intensity: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """Inner products (C, 5, 5) over the foci of a Gaussian's derivatives by its parameters and what it leaves of the intensity."""
-    a, p, w, b = theta.T[:, :, None]
-    t = (defocus - p) / w
-    vectors = np.empty((len(theta), 5, len(defocus)))
-    bell = np.exp(-(t**2) / 2, out=vectors[:, 0])
-    np.multiply(a / w * bell, t, out=vectors[:, 1])
-    np.multiply(vectors[:, 1], t, out=vectors[:, 2])
-    vectors[:, 3] = 1.0
-    vectors[:, 4] = intensity - a * bell - b
-    return vectors @ vectors.swapaxes(1, 2)
+def _gaussian_sums(defocus: np.ndarray, varied: np.ndarray, peak: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Sums over the foci (11, C) of b, p, w; b b, b p, p p, p w, w w; y b, y p, y w.
+
+    b = exp(-t^2 / 2), p = b t, w = b t^2 with t = (defocus - peak) / width, so that p p = b w; y is `varied` (F, C), the intensity less its mean.
+    """
+    t = (defocus[:, None] - peak) * (1 / width)
+    b = t * t
+    b *= -0.5
+    np.exp(b, out=b)
+    p = b * t
+    w = p * t
+    pairs = ((b, b), (b, p), (p, p), (p, w), (w, w), (varied, b), (varied, p), (varied, w))
+    return np.stack([b.sum(0), p.sum(0), w.sum(0), *(np.einsum("fc,fc->c", one, other) for one, other in pairs)])
+
+
+def _projected(sums: np.ndarray, n: int) -> tuple[np.ndarray, ...]:
+    """What is left of `_gaussian_sums` over n foci once background and amplitude are the best there are (C,).
+
+    The amplitude; the sum of squares that the Gaussian explains; half the slope of that sum along peak and width, each in units of the width; and the
+    inner products peak with peak, peak with width and width with width of the derivatives, less what amplitude and background take of them.
+    """
+    sum_b, sum_p, sum_w, bb, bp, pp, pw, ww, yb, yp, yw = sums
+    bb = np.maximum(bb - sum_b**2 / n, LEAST)
+    p_b, w_b = bp - sum_p * sum_b / n, pp - sum_w * sum_b / n
+    a = yb / bb
+    inner = pp - sum_p**2 / n - p_b**2 / bb, pw - sum_p * sum_w / n - p_b * w_b / bb, ww - sum_w**2 / n - w_b**2 / bb
+    return a, a * yb, a * (yp - a * p_b), a * (yw - a * w_b), *(a**2 * product for product in inner)
 
 
 def correction_curve(library: ColumnLibrary, defocus: np.ndarray, radius: float, pixel_size: float = 0.1) -> np.ndarray:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ..devices import SPREAD, WHOLE, filled, spread
 from ..physics.focal_series import FocalSeries
 from ..physics.library import ColumnLibrary
 from .gaussian_peak import fit_gaussian_peaks
@@ -22,7 +23,10 @@ STEPS = 8  # tabulated positions per pixel; between them a second-order expansio
 FREE = ("depth", "x", "y", "log_gain", "log_background")
 LARGEST_STEP = (10.0, 0.15, 0.15, 0.3, 1.5)
 NEAR = 1.6  # Å from the middle of a patch along x and y: pixels enough to bring a fit close
-CLOSER, WHOLE = 4, 4  # steps of scoring with these pixels, and with all; least squares, which converges more slowly, takes twice as many of the latter
+CLOSER = 4  # steps of scoring with these pixels, then two with all; between these,
+BETWEEN = 30  # steps at most with the information of the first, which cost half as much, until one is
+SHORT = 0.01  # of a standard deviation
+NULL = 2**15  # places in the table of the deviance's null mean and variance, so many that the nearest is near enough
 
 
 class SingleFit(NamedTuple):
@@ -85,79 +89,159 @@ def _tables(library: ColumnLibrary, pixel: float, shape: tuple[int, int]) -> _Ta
     return _Tables(jnp.asarray(values, jnp.float32), jnp.asarray(offsets))
 
 
-def _rate_and_derivatives(theta, n, library, tables, defocus, scale):
-    """Expected counts (F, pixel) and derivatives by `FREE` (5, F, pixel), float32."""
+class _Parts(NamedTuple):
+    """A column's counts as a sum over R products of a function of focus and an image, float32: rate = weights @ images[0] + background.
+
+    images (3, R, pixel): basis images, and their derivatives by x and y [1/Å]; weights, slopes (F, R): times the incident counts, and their derivative by
+    depth [1/Å]; background (F, 1).
+    """
+
+    images: jax.Array
+    weights: jax.Array
+    slopes: jax.Array
+    background: jax.Array
+
+
+def _parts(theta, n, library, tables, defocus, scale) -> _Parts:
     depth, x, y, log_gain, log_background = theta
     spacing = tables.positions[1] - tables.positions[0]
     nearest = lambda v: jnp.clip(jnp.round((v - tables.positions[0]) / spacing), 0, STEPS).astype(int)
     i, j = nearest(y), nearest(x)
     dx, dy = (x - tables.positions[j]).astype(jnp.float32), (y - tables.positions[i]).astype(jnp.float32)
-    b, bx, by, bxx, bxy, byy = tables.values[i, j]
-    image = b + dx * bx + dy * by + 0.5 * (dx**2 * bxx + dy**2 * byy) + dx * dy * bxy
+    zero, one = jnp.zeros_like(dx), jnp.ones_like(dx)
+    expansion = jnp.array([[one, dx, dy, dx**2 / 2, dx * dy, dy**2 / 2], [zero, one, zero, dx, dy, zero], [zero, zero, one, zero, dx, dy]])
+    kinds, rank, pixels = tables.values.shape[2:]
+    there = jax.lax.dynamic_slice(tables.values, (i, j, 0, 0, 0), (1, 1, kinds, rank, pixels))
+    images = (expansion @ there.reshape(kinds, -1)).reshape(3, rank, pixels)
     weights, slopes = jax.jvp(lambda d: library.weights(n[None], (defocus - d)[None])[0], (depth,), (jnp.ones_like(depth),))
-    weights, slopes = weights.astype(jnp.float32), slopes.astype(jnp.float32)
     signal = scale * jnp.exp(log_gain).astype(jnp.float32)
     background = scale * jnp.exp(log_background).astype(jnp.float32)
-    bright = signal * (weights @ image)
-    by_depth = signal * (slopes @ image)
-    by_x = signal * (weights @ (bx + dx * bxx + dy * bxy))
-    by_y = signal * (weights @ (by + dy * byy + dx * bxy))
-    rate = jnp.maximum(bright + background, DARKEST)
-    return rate, jnp.stack([by_depth, by_x, by_y, bright, jnp.broadcast_to(background, bright.shape)])
+    return _Parts(images, signal * weights.astype(jnp.float32), signal * slopes.astype(jnp.float32), background)
+
+
+def _rate(parts: _Parts):
+    """Expected counts (F, pixel)."""
+    return jnp.maximum(parts.weights @ parts.images[0] + parts.background, DARKEST)
+
+
+def _derivatives(parts: _Parts):
+    """Derivatives of the expected counts by `FREE` (5, F, pixel)."""
+    images, weights, slopes, background = parts
+    bright = weights @ images[0]
+    return jnp.stack([slopes @ images[0], weights @ images[1], weights @ images[2], bright, jnp.broadcast_to(background, bright.shape)])
+
+
+def _along_derivatives(residual, parts: _Parts):
+    """Sums over pixels of a residual (F, pixel) times each derivative (5,), without the derivatives' images: the residual meets the basis images first."""
+    kinds, rank, pixels = parts.images.shape
+    seen = (residual @ parts.images.reshape(-1, pixels).T).reshape(-1, kinds, rank)
+    factors = [parts.slopes * seen[:, 0], parts.weights * seen[:, 1], parts.weights * seen[:, 2], parts.weights * seen[:, 0], parts.background[:, 0] * jnp.sum(residual, 1)]
+    return jnp.stack([jnp.sum(a, dtype=float) for a in factors])
+
+
+def _rate_and_derivatives(theta, n, library, tables, defocus, scale):
+    """Expected counts (F, pixel) and derivatives by `FREE` (5, F, pixel), float32."""
+    parts = _parts(theta, n, library, tables, defocus, scale)
+    return _rate(parts), _derivatives(parts)
+
+
+def _scan_table(depths, background, library, tables, defocus, scale, least_squares):
+    """What the log-likelihood of a column in the patch's middle is linear in, for all atom numbers: it is counts . images - sums.
+
+    images (n_max, depth, F * pixel) float32: logarithms of expected counts, or these themselves; sums (n_max, depth).
+    """
+    image = tables.values[STEPS // 2, STEPS // 2, 0]
+
+    def one(n):
+        weights = library.weights(jnp.full(len(depths), n), defocus - depths[:, None]).astype(jnp.float32)
+        rate = jnp.maximum(scale * (weights @ image + background), DARKEST)
+        images, sums = (rate, rate**2 / 2) if least_squares else (jnp.log(rate), rate)
+        return images.reshape(len(depths), -1), jnp.sum(sums, (1, 2))
+
+    return jax.lax.map(one, jnp.arange(1, library.n_max + 1))
 
 
 @partial(jax.jit, static_argnames="least_squares")
-def _fit(patches, near, n, start, scan, free, library, tables, defocus, scale, null, least_squares):
+def _fit(patches, n, near, start, scan, free, library, tables, defocus, scale, null, least_squares):
     """Estimates (C, 5), covariances (C, 5, 5), Fisher matrices (C, 5, 5), last steps (C,) in standard deviations, and goodness of fit (C,).
 
-    A scan of the depth and the first steps see the pixels `near` alone; all but the estimate is of the point before the last step. Sums in float64 under x64.
+    A scan of the depth and the first steps see the pixels `near` alone; all but the estimate is of the point before the last step. Sums over images in float64
+    under x64. Columns are spread over all devices.
     """
     prior = jnp.array([PRIOR_SD["depth"] ** -2, PRIOR_SD["x"] ** -2, PRIOR_SD["y"] ** -2, PRIOR_SD["log_gain"] ** -2, BACKGROUND_SHAPE])
     limit = jnp.array(LARGEST_STEP)
-    known = jnp.diag(prior * free + 1.0 - free)
-    tables_near = tables._replace(values=tables.values[..., near])
 
-    def one(item):
-        counts, n, start = item
-        even = jnp.mean(counts)  # every pixel's variance, to least squares
+    def own(patches, n, near, start, scan, free, library, tables, defocus, scale, null):
+        known = jnp.diag(prior * free + 1.0 - free)
+        tables_near = tables._replace(values=tables.values[..., near])
+        seen_in_scan, sums_in_scan = _scan_table(scan, jnp.exp(start[4]).astype(jnp.float32), library, tables_near, defocus, scale, least_squares)
 
-        def log_likelihood(depth):
-            rate, _ = _rate_and_derivatives(start.at[0].set(depth), n, library, tables_near, defocus, scale)
+        def one(item):
+            counts, n = item
+            even = jnp.mean(counts)  # every pixel's variance, to least squares
             seen = counts[:, near]
-            each = -((seen - rate) ** 2) / (2 * even) if least_squares else seen * jnp.log(rate) - rate
-            return jnp.sum(each, dtype=float)
+            variance = lambda rate: jnp.full_like(rate, even) if least_squares else rate
+            parts_of = lambda theta, tables: _parts(theta, n, library, tables, defocus, scale)
 
-        def step(theta, counts, tables):
-            """The next estimate, its distance in standard deviations, and what it was made from: derivatives (5, pixel) over the root of the variance taken for each pixel's, that root, and expected counts."""
-            rate, rows = _rate_and_derivatives(theta, n, library, tables, defocus, scale)
-            root = jnp.sqrt(jnp.full_like(rate, even) if least_squares else rate).ravel()
-            rows = rows.reshape(5, -1) * free[:, None].astype(jnp.float32) / root
-            score = jnp.sum(rows * ((counts - rate).ravel() / root), 1, dtype=float)
-            slope = jnp.where(jnp.arange(5) == 4, BACKGROUND_SHAPE, -prior * (theta - start.at[0].set(0.0)))
-            hessian = (rows @ rows.T).astype(float) + known
-            move = jnp.clip(jnp.linalg.solve(hessian, score + slope * free), -limit, limit)
-            return theta + move, jnp.sqrt(move @ hessian @ move), (rows, root, rate)
+            def moved(theta, score, hessian):
+                """The next estimate from the score of the data, and its distance in standard deviations."""
+                slope = jnp.where(jnp.arange(5) == 4, BACKGROUND_SHAPE, -prior * (theta - start.at[0].set(0.0)))
+                move = jnp.clip(jnp.linalg.solve(hessian, (score + slope) * free), -limit, limit)
+                return theta + move, jnp.sqrt(move @ hessian @ move)
 
-        theta = start.at[0].set(scan[jnp.argmax(jax.lax.map(log_likelihood, scan))])
-        theta = jax.lax.fori_loop(0, CLOSER, lambda _, theta: step(theta, counts[:, near], tables_near)[0], theta)
-        theta = jax.lax.fori_loop(0, (1 + least_squares) * WHOLE - 1, lambda _, theta: step(theta, counts, tables)[0], theta)
-        theta, last, (rows, root, rate) = step(theta, counts, tables)
-        information = lambda factor: ((rows * factor) @ (rows * factor).T).astype(float)
-        ratio = jnp.sqrt(rate).ravel() / root
-        inverse = jnp.linalg.inv(information(jnp.ones_like(root)) + known)
-        return theta, inverse @ (information(ratio) + known) @ inverse, information(1 / ratio), last, _goodness(counts, rate, null)
+            def rows_of(theta, tables):
+                """Derivatives (5, pixel) over the root of the variance taken for each pixel's, that root, and expected counts."""
+                parts = parts_of(theta, tables)
+                rate = _rate(parts)
+                root = jnp.sqrt(variance(rate))
+                return (_derivatives(parts) * (free.astype(jnp.float32)[:, None, None] / root)).reshape(5, -1), root.ravel(), rate
 
-    return jax.lax.map(one, (patches, n, start))
+            squared = lambda rows: (rows @ rows.T).astype(float)
+
+            def scored(theta, counts, tables):
+                rows, root, rate = rows_of(theta, tables)
+                hessian = squared(rows) + known
+                return *moved(theta, (rows @ ((counts - rate).ravel() / root)).astype(float), hessian), hessian, (rows, root, rate)
+
+            def followed(state):
+                """A step with an information from before."""
+                theta, _, taken, hessian = state
+                parts = parts_of(theta, tables)
+                rate = _rate(parts)
+                return *moved(theta, _along_derivatives((counts - rate) / variance(rate), parts), hessian), taken + 1, hessian
+
+            theta = start.at[0].set(scan[jnp.argmax(seen_in_scan[n - 1] @ seen.ravel() - sums_in_scan[n - 1])])
+            theta = jax.lax.fori_loop(0, CLOSER, lambda _, theta: scored(theta, seen, tables_near)[0], theta)
+            theta, last, hessian, _ = scored(theta, counts, tables)
+            theta = jax.lax.while_loop(lambda state: (state[1] > SHORT) & (state[2] < BETWEEN), followed, (theta, last, 0, hessian))[0]
+            theta, last, hessian, (rows, root, rate) = scored(theta, counts, tables)
+            inverse, fisher = jnp.linalg.inv(hessian), hessian - known
+            covariance = inverse
+            if least_squares:
+                ratio = jnp.sqrt(rate).ravel() / root
+                covariance, fisher = inverse @ (squared(rows * ratio) + known) @ inverse, squared(rows / ratio)
+            return theta, covariance, fisher, last, _goodness(counts, rate, null)
+
+        return jax.lax.map(one, (patches, n))
+
+    return spread(own, (SPREAD, SPREAD) + (WHOLE,) * 9)(patches, n, near, start, scan, free, library, tables, defocus, scale, null)
 
 
 def _goodness(counts, rate, null):
     """Deviance of all pixels, standardised by its null mean and variance; `null` as of `likelihood._null_table`, even in the logarithm."""
     logarithm = jnp.log(rate)
-    place = (logarithm - null[0, 0]) / (null[0, 1] - null[0, 0])
-    below = jnp.clip(place.astype(int), 0, null.shape[1] - 2)
-    mean, variance = null[1:, below] + (place - below) * (null[1:, below + 1] - null[1:, below])
+    place = jnp.round((logarithm - null[0, 0]) * ((null.shape[1] - 1) / (null[0, -1] - null[0, 0]))).astype(jnp.int32)
+    mean, variance = null[1:, jnp.clip(place, 0, null.shape[1] - 1)]
     deviance = 2 * (jnp.where(counts > 0, counts * (jnp.log(jnp.maximum(counts, 1e-30)) - logarithm), 0.0) - counts + rate)
-    return jnp.sum(deviance - mean, dtype=float) / jnp.sqrt(jnp.sum(variance, dtype=float))
+    over_images = lambda each: jnp.sum(jnp.sum(each, 1), dtype=float)
+    return over_images(deviance - mean) / jnp.sqrt(over_images(variance))
+
+
+def _fine_null_table(largest: float) -> np.ndarray:
+    """`_null_table` drawn out to `NULL` places."""
+    coarse = _null_table(largest)
+    fine = np.linspace(coarse[0, 0], coarse[0, -1], NULL)
+    return np.array([fine, *(np.interp(fine, coarse[0], row) for row in coarse[1:])])
 
 
 def fit_single_columns(
@@ -195,21 +279,22 @@ def fit_single_columns(
     mask[[0, *(k for w in free for k in words[w])]] = 1
     tables = _tables(library, series.pixel_size, series.shape)
     count = len(n_atoms)
-    start = np.tile([0.0, 0.0, 0.0, 0.0, np.log(background)], (count, 1))
+    more = filled(count) - count
+    start = np.array([0.0, 0.0, 0.0, 0.0, np.log(background)])
     scan = np.arange(-deepest, deepest + 1, 20.0)
     scale = (np.broadcast_to(np.asarray(series.dose, float), np.shape(series.defocus)) * series.pixel_size**2)[:, None]
     y, x = (np.arange(n) - (n - 1) / 2 for n in series.shape)
     near = np.flatnonzero((abs(y[:, None]) * series.pixel_size <= NEAR) & (abs(x) * series.pixel_size <= NEAR))
     flat = np.asarray(patches, np.float32).reshape(count, len(scale), -1)
-    theta, covariance, fisher, last, goodness = (
-        np.asarray(a) for a in _fit(
-            jnp.asarray(flat), jnp.asarray(near), jnp.asarray(n_atoms), jnp.asarray(start), jnp.asarray(scan), jnp.asarray(mask), library, tables,
-            jnp.asarray(series.defocus, float), jnp.asarray(scale, jnp.float32), jnp.asarray(_null_table(1.2 * float(flat.max()) + 10.0), jnp.float32), least_squares,
-        )
+    last = np.minimum(np.arange(count + more), count - 1)  # filled up with the last column, for as many on every device
+    result = _fit(
+        jnp.asarray(flat[last] if more else flat), jnp.asarray(np.asarray(n_atoms)[last]), jnp.asarray(near), jnp.asarray(start), jnp.asarray(scan), jnp.asarray(mask), library, tables,
+        jnp.asarray(series.defocus, float), jnp.asarray(scale, jnp.float32), jnp.asarray(_fine_null_table(1.2 * float(flat.max()) + 10.0), jnp.float32), least_squares,
     )  # fmt: skip
+    theta, covariance, fisher, step, goodness = (np.asarray(a)[:count] for a in result)
     chosen = np.flatnonzero(mask)
     bound = np.sqrt(np.linalg.inv(fisher[:, chosen][:, :, chosen])[:, 0, 0])
-    return SingleFit(theta[:, 0], np.sqrt(covariance[:, 0, 0]), bound, theta[:, 1], theta[:, 2], np.exp(theta[:, 3]), np.exp(theta[:, 4]), goodness, last < 0.01)
+    return SingleFit(theta[:, 0], np.sqrt(covariance[:, 0, 0]), bound, theta[:, 1], theta[:, 2], np.exp(theta[:, 3]), np.exp(theta[:, 4]), goodness, step < SHORT)
 
 
 class Comparison(NamedTuple):
