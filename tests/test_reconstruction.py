@@ -311,6 +311,6 @@ def test_a_thin_column_among_thick_ones_is_found_by_the_fits_residuals(library, 
         found.append(hidden_columns({k: np.asarray(v) for k, v in problem.start.items()}, problem, expected_rates(problem.start, problem)))
     assert len(found[1]) == 0
     (site,) = found[0]
-    assert np.hypot(*(site - positions[5])) < pixel
+    assert np.hypot(*(site - positions[5])) < 0.1  # where it stays if positions are held; the nearest pixel is 0.23 Å off
     grown = with_columns(part, found[0])
     assert grown.positions.shape == (16, 2) and grown.n_atoms[-1] == 1

@@ -20,6 +20,7 @@ from ..inference.likelihood import DARKEST, PER_COLUMN, Amplitudes, Estimate, Pr
 from ..inference.posterior import LARGE, Posterior
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
+from .columns import peak_offsets
 from .counting import Counts, count_by_library
 from .drift import shift_images
 from .libraries import read_variance_of
@@ -185,7 +186,7 @@ def hidden_columns(parameters: dict, problem: Problem, rate: np.ndarray) -> np.n
     sd = np.sqrt(correlate(noise, atom**2, mode=mode)) / (atom**2).sum()
     peak = (amplitude == maximum_filter(amplitude, footprint=disc, mode=mode)) & (amplitude > 0.5) & (amplitude > 6 * sd)
     y, x = np.nonzero(peak)
-    found = np.stack([x, y], 1) * px
+    found = (np.stack([x, y], 1) + peak_offsets(amplitude, y, x)) * px
     size = np.array([nx, ny]) * px
     tree = cKDTree(np.mod(at, size), boxsize=size) if series.periodic else cKDTree(at)
     spacing = np.median(tree.query(tree.data, 2)[0][:, 1])
