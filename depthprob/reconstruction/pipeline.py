@@ -298,7 +298,7 @@ def reconstruct(
     warnings = [
         *quality.doubts_of_counts(stack.data, dose, pixel, columns.width, read_variance_of(config)),
         *quality.doubts_of_images(likelihood.image_dispersions(problem, rate), parameters["log_gain"], defocus, config),
-        *quality.doubts_of_scan(scan_residuals(stack.data - owed.change, rate, np.asarray(problem.mask), pixel, read_variance_of(config), float(problem.dispersion)), series.shape, pixel),
+        *quality.doubts_of_scan(scan_residuals(np.asarray(problem.counts), rate, np.asarray(problem.mask), pixel, read_variance_of(config), float(problem.dispersion)), series.shape, pixel),
         *quality.doubts_of_field(positions, shifts, series.shape, pixel, periodic),
         *quality.doubts_of_depths(parameters["depth"], defocus),
         *quality.doubts_of_thickness(n_atoms, positions, geometry.spacing, config.microscope.convergence_angle_mrad, owed),
