@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from depthprob.reconstruction.quality import doubts_of_scan
+from depthprob.reconstruction.lattice import crystal_columns, lattice_stretch, unit_cell
+from depthprob.reconstruction.quality import doubts_of_lattice, doubts_of_scan
 from depthprob.reconstruction.scan import scan_residuals
 
 PIXEL, SHAPE, IMAGES = 0.3, (60, 72), 9
@@ -71,3 +72,29 @@ def test_images_without_pixels_in_use_say_nothing():
     mask[0] = False
     scan = scan_residuals(rate, rate, mask, PIXEL)
     assert np.isinf(scan.images_sd[0]).all() and np.isfinite(scan.distortion) and scan.distortion == 0
+
+
+@pytest.mark.parametrize("zone", [(0, 0, 1), (1, 1, 0)])
+def test_a_lattice_that_all_images_distort_alike_is_told_by_how_much_and_along_what(zone):
+    """Stretched by 3 % at 60° and shrunk by 2 % across, its columns off their places by 0.03 Å and the crystal turned by 20°."""
+    rng = np.random.default_rng(3)
+    geometry = crystal_columns(unit_cell("fcc", 4.08), zone)
+    cells = np.stack([a.ravel() for a in np.mgrid[-4:5, -4:5]], 1)
+    turn = lambda degrees: np.array([[np.cos(a := np.radians(degrees)), np.sin(a)], [-np.sin(a), np.cos(a)]])  # of rows
+    sound = cells @ geometry.basis @ turn(20) + 20 + rng.normal(0, 0.03, cells.shape)
+    stretch = lattice_stretch(sound, geometry)
+    assert abs(stretch.most - 1) < 4 * stretch.sd and abs(stretch.least - 1) < 4 * stretch.sd
+    assert doubts_of_lattice(stretch, 4.08) == []
+    stretched = sound @ turn(-60) @ np.diag([1.03, 0.98]) @ turn(60)
+    stretch = lattice_stretch(stretched, geometry)
+    assert (stretch.most, stretch.least) == pytest.approx((1.03, 0.98), abs=4 * stretch.sd)
+    assert stretch.sd < 1e-3 and stretch.direction == pytest.approx(60, abs=3)
+    (doubt,) = doubts_of_lattice(stretch, 4.08)
+    assert "1.05" in doubt and "60°" in doubt
+    (doubt,) = doubts_of_lattice(lattice_stretch(1.02 * sound, geometry), 4.08)
+    assert "1.02" in doubt and "pixel_size_A" in doubt
+
+
+def test_a_row_of_columns_has_no_stretch():
+    geometry = crystal_columns(unit_cell("fcc", 4.08), (0, 0, 1))
+    assert lattice_stretch(np.stack([2.04 * np.arange(8), np.zeros(8)], 1), geometry) is None

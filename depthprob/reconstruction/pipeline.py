@@ -28,7 +28,7 @@ from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .joint import SCALE_SD, column_depths, fit_jointly, forecast, pose, starting_depths
-from .lattice import snap
+from .lattice import lattice_stretch, snap
 from .libraries import atoms_needed, column_geometry, crystal_of, library_for, neighbouring_libraries, read_variance_of
 from .scan import scan_residuals
 from .surface import ColumnEnds, Surface, column_ends, count_variance, find_surface
@@ -299,6 +299,7 @@ def reconstruct(
         *quality.doubts_of_counts(stack.data, dose, pixel, columns.width, read_variance_of(config)),
         *quality.doubts_of_images(likelihood.image_dispersions(problem, rate), parameters["log_gain"], defocus, config),
         *quality.doubts_of_scan(scan_residuals(np.asarray(problem.counts), rate, np.asarray(problem.mask), pixel, read_variance_of(config), float(problem.dispersion)), series.shape, pixel),
+        *quality.doubts_of_lattice(lattice_stretch(positions - np.outer(depths.mean, lean), geometry), geometry.spacing),
         *quality.doubts_of_field(positions, shifts, series.shape, pixel, periodic),
         *quality.doubts_of_depths(parameters["depth"], defocus),
         *quality.doubts_of_thickness(n_atoms, positions, geometry.spacing, config.microscope.convergence_angle_mrad, owed),

@@ -10,6 +10,7 @@ from ..inference.likelihood import Dispersion
 from ..physics.electron import wavelength
 from ..physics.optics import edge_phase
 from .joint import JointFit
+from .lattice import Stretch
 from .libraries import UNROUND, microscope_of
 from .scan import ScanResiduals
 from .superposition import Owed, is_thick
@@ -21,6 +22,7 @@ WORTH_SAYING = 0.5  # Å of correction
 HELD = "beam energy, convergence angle, aberrations, detector angles, Debye-Waller factor, source size, foci"
 LEAST_PHASE = 0.3  # rad
 LEAST_LEAN = 0.1  # Å that the ends of a column lie aside of its middle, about as far as atoms vibrate
+LEAST_STRETCH = 0.01  # of the lattice; particles are strained by less as a whole
 LEAST_MOVE = 0.03  # Å, of columns by a distorted scan
 LEAST_EXPLAINED = 0.5  # of the misfit, by a setting that passes for its cause
 
@@ -131,6 +133,18 @@ def doubts_of_scan(scan: ScanResiduals, shape: tuple[int, int], pixel_size: floa
     along, other = np.argmax(scan.lines), np.argmin(scan.lines)
     if scan.lines[along] ** 2 > 5 * scan.lines_noise[along] ** 2 and scan.lines[along] > 2 * scan.lines[other] and scan.lines[along] > LEAST_MOVE:
         found.append(f"Lines along {'xy'[along]} are displaced against each other by {scan.lines[along]:.2f} Å (root mean square; across them {scan.lines[other]:.2f} Å): the scan jitters. No model here follows it: it widens columns along {'xy'[along]} and makes error bars too small.")
+    return found
+
+
+def doubts_of_lattice(stretch: Stretch | None, spacing: float) -> list[str]:
+    """A warning of a lattice on the images that is not the crystal's: of another size, or stretched."""
+    if stretch is None:
+        return []
+    size, uneven, found = (stretch.most * stretch.least) ** 0.5, stretch.most / stretch.least, []
+    if abs(size - 1) > max(LEAST_STRETCH, 5 * stretch.sd):
+        found.append(f"The columns' lattice is {size:.3f} ± {stretch.sd:.3f} times as large as the crystal's: pixel_size_A or lattice_constant_A is wrong, and depths of atoms, {spacing:.2f} Å apart here, with the latter.")
+    if uneven - 1 > max(LEAST_STRETCH, 5 * stretch.sd):
+        found.append(f"The columns' lattice is {uneven:.3f} ± {stretch.sd:.3f} times longer at {stretch.direction:.0f}° from x towards y than across, against the crystal's: a scan that distorts all images alike, or strain. Depths are as they are, but x and y of columns and atoms hold it.")
     return found
 
 
