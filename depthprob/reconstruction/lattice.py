@@ -295,15 +295,15 @@ def snap(
     place, basis, origin = index_columns(positions, geometry)
     off = np.linalg.norm(positions - place @ basis - origin, axis=1) > 0.3 * nearest_neighbours(geometry)
     sd = np.hypot(depth_sd, model_sd)
-    usable = ~off & np.isfinite(depths)
+    usable, known = ~off & np.isfinite(depths), np.nan_to_num(depths)
     grid = np.linspace(0, spacing, 256, endpoint=False)
     k = np.arange(-3, 4)
 
     def evaluate(heights):
         phase = heights + (n_atoms - 1) / 2 * spacing
-        nearest = np.rint((depths[:, None] - phase[:, None] - grid) / spacing)
+        nearest = np.rint((known[:, None] - phase[:, None] - grid) / spacing)
         sites = phase[:, None, None] + grid[:, None] + (nearest[..., None] + k) * spacing
-        log_p = -0.5 * ((depths[:, None, None] - sites) / sd[:, None, None]) ** 2
+        log_p = -0.5 * ((known[:, None, None] - sites) / sd[:, None, None]) ** 2
         return sites, log_p, np.where(usable, logsumexp(log_p, axis=2).T, 0.0).sum(1)
 
     choices = []
@@ -324,7 +324,7 @@ def snap(
     phase = heights + (n_atoms - 1) / 2 * spacing + offset
     number = np.rint((sites - phase[:, None, None]) / spacing).astype(int)
     p = np.exp(log_p - logsumexp(log_p, axis=2, keepdims=True)) * weight[:, None]
-    base = np.rint((np.nan_to_num(depths) - phase) / spacing).astype(int)
+    base = np.rint((known - phase) / spacing).astype(int)
     planes = base[:, None] + np.arange(-4, 5)
     probability = np.stack([(p * (number == planes[:, j, None, None])).sum((1, 2)) for j in range(planes.shape[1])], 1)
     ranked = np.argsort(-probability, 1)

@@ -126,13 +126,16 @@ def doubts_of_images(each: Dispersion, log_gain: np.ndarray, defocus: np.ndarray
 
 def doubts_of_scan(scan: ScanResiduals, shape: tuple[int, int], pixel_size: float) -> list[str]:
     """Warnings of a scan that distorts images of `shape` pixels (y, x) of `pixel_size` [Å] against each other, or displaces their lines."""
-    found = []
-    half = max(shape) * pixel_size / 2
-    if scan.distortion**2 > 5 * scan.distortion_noise**2 and scan.distortion * half > LEAST_MOVE:
-        found.append(f"Images are stretched and sheared against each other by {100 * scan.distortion:.2f} % (root mean square), which moves columns at the edges of the field by {scan.distortion * half:.2f} Å: drift while they were scanned. Add \"image_distortions\" to inference.free.")
+    found, half = [], max(shape) * pixel_size / 2
     along, other = np.argmax(scan.lines), np.argmin(scan.lines)
-    if scan.lines[along] ** 2 > 5 * scan.lines_noise[along] ** 2 and scan.lines[along] > 2 * scan.lines[other] and scan.lines[along] > LEAST_MOVE:
-        found.append(f"Lines along {'xy'[along]} are displaced against each other by {scan.lines[along]:.2f} Å (root mean square; across them {scan.lines[other]:.2f} Å): the scan jitters. No model here follows it: it widens columns along {'xy'[along]} and makes error bars too small.")
+    jitter = float(scan.lines[along])
+    jitters = jitter**2 > 5 * scan.lines_noise[along] ** 2 and jitter > 2 * scan.lines[other] and jitter > LEAST_MOVE
+    # lines that jitter by s shear an image of m by s sqrt(12 / m) / height, and a particle smaller than it by more
+    of_lines = 3 * jitters * jitter * (12 / shape[along]) ** 0.5 / (shape[along] * pixel_size)
+    if scan.distortion**2 > 5 * scan.distortion_noise**2 and scan.distortion > of_lines and scan.distortion * half > LEAST_MOVE:
+        found.append(f"Images are stretched and sheared against each other by {100 * scan.distortion:.2f} % (root mean square), which moves columns at the edges of the field by {scan.distortion * half:.2f} Å: drift while they were scanned. Add \"image_distortions\" to inference.free.")
+    if jitters:
+        found.append(f"Lines along {'xy'[along]} are displaced against each other by {jitter:.2f} Å (root mean square; across them {scan.lines[other]:.2f} Å): the scan jitters. No model here follows it: it widens columns along {'xy'[along]} and makes error bars too small.")
     return found
 
 
