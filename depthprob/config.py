@@ -30,6 +30,7 @@ NUISANCES = (
     "focus_step",
     "source_size",
 )
+FREE = (*NUISANCES, "image_distortions")
 CRLB_NUISANCES = (*NUISANCES, "focal_spread", "debye_waller_B")
 DESIGN_VARIABLES = ("defocus", "dose", "convergence_angle", "detector")
 PRIORS = ("depth_A", "position_A", "gain", "background", "image_shift_A", "focus_offset_A", "focus_step", "source_variance_A2")
@@ -448,15 +449,17 @@ class InferenceConfig:
     Noise "over_dispersed" has a variance in proportion to the mean, by a factor inferred from the residuals. A "smooth" background varies slowly over
     each image, as that of a support film. Superposition "corrected" takes from the depths what a sum of isolated columns gets wrong, "plain" leaves it, and "auto"
     corrects fields with columns thick enough for it to matter, where that takes minutes. `prior_sd` replaces standard deviations of the normal priors: of depths about zero, of positions, shifts and the logarithms of backgrounds about where
-    the fit starts, of the logarithms of gains about zero, of the focus step about one.
+    the fit starts, of the logarithms of gains about zero, of the focus step about one, of distortions about zero.
+
+    "image_distortions" in `free` lets each image be stretched and sheared against the others, as drift during its scan does.
     """
 
     method: str = _key("laplace", _choice(METHODS))
-    free: tuple[str, ...] = _key(NUISANCES[:4], _choices(NUISANCES))
+    free: tuple[str, ...] = _key(NUISANCES[:4], _choices(FREE))
     noise: str = _key("poisson", _choice(("poisson", "over_dispersed")))
     background: str = _key("constant", _choice(("constant", "smooth")))
     superposition: str = _key("auto", _choice(("auto", "corrected", "plain")))
-    prior_sd: dict[str, float] = _key({}, _prior_sd(PRIORS))
+    prior_sd: dict[str, float] = _key({}, _prior_sd((*PRIORS, "image_distortion")))
     max_atoms: int | None = _key(None, _number(at_least=1, whole=True))
     samples: int = _key(500, _number(at_least=1, whole=True))
     chains: int = _key(2, _number(at_least=1, whole=True))

@@ -709,10 +709,13 @@ def write_columns_csv(path: str | Path, rows: Mapping[str, Any]) -> None:
     _write_csv(path, {name: rows[name] for name in order})
 
 
+DISTORTIONS = [f"distortion_{element}{end}" for end in ("", "_sd") for element in ("xx", "xy", "yx", "yy")]  # in drift.csv, where they are free
+
+
 def read_drift_csv(path: Path, defocus_A: Real[np.ndarray, " focus"], shape: tuple[int, int]) -> Real[np.ndarray, "focus 2"]:
     """Displacement (dx, dy) [pixel] of the object in every image, mean zero, from a table as `write_drift_csv` writes it.
 
-    Columns image (counted from 0), dx_px and dy_px, rows in any order; a defocus_A must be the series' own, an sd_px is not read.
+    Columns image (counted from 0), dx_px and dy_px, rows in any order; a defocus_A must be the series' own, an sd_px and distortions are not read.
 
     Raises
     ------
@@ -720,7 +723,7 @@ def read_drift_csv(path: Path, defocus_A: Real[np.ndarray, " focus"], shape: tup
         No such file or no such table; not one row for each image; foci unlike the series'; shifts that are not finite or carry the object out of the field.
     """
     names = ("image", "dx_px", "dy_px")
-    table = {name: np.asarray(values) for name, values in read_table(path, "focal_series.drift_file", names, ("defocus_A", "sd_px")).items()}
+    table = {name: np.asarray(values) for name, values in read_table(path, "focal_series.drift_file", names, ("defocus_A", "sd_px", *DISTORTIONS)).items()}
     count, order = len(defocus_A), np.argsort(table["image"])
     if any(len(values) != count for values in table.values()) or not np.array_equal(table["image"][order], np.arange(count)):
         raise InputError(f"{path} numbers its images {table['image'].tolist()}; the series has {count}, and allowed is one row for each, numbered from 0 to {count - 1}.")
@@ -746,8 +749,10 @@ def write_drift_csv(
     defocus_A: Real[np.ndarray, " focus"],
     displacement_px: Real[np.ndarray, "focus 2"],
     sd_px: Real[np.ndarray, " focus"],
+    distortion: Real[np.ndarray, "focus 2 2"] | None = None,
+    distortion_sd: Real[np.ndarray, "focus 2 2"] | None = None,
 ) -> None:
-    """Write the displacement (dx, dy) [pixel] of the object in every image and its standard deviation."""
+    """Write the displacement (dx, dy) [pixel] of the object in every image and its standard deviation, and the distortion of each where there is one."""
     displacement_px = np.asarray(displacement_px)
     sd_px = np.broadcast_to(np.asarray(sd_px, float), (len(displacement_px),))
     columns = {
@@ -757,6 +762,9 @@ def write_drift_csv(
         "dy_px": displacement_px[:, 1],
         "sd_px": sd_px,
     }
+    if distortion is not None and distortion_sd is not None:
+        both = np.concatenate([np.reshape(a, (-1, 4)) for a in (distortion, distortion_sd)], 1)
+        columns |= dict(zip(DISTORTIONS, both.T, strict=True))
     _write_csv(path, columns)
 
 

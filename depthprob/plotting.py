@@ -9,7 +9,7 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection
 from scipy.ndimage import rotate
 from scipy.stats import binom
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"  # Okabe and Ito's colour-blind safe palette
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"  # Okabe and Ito's colour-blind safe palette
 
 
 def _extent(shape, pixel_size):
@@ -66,6 +66,16 @@ def plot_drift(ax, defocus, drift_px, sd_px):
         ax.plot(defocus, drift_px[:, k], style, color=color, label=f"along {name}")
         ax.fill_between(defocus, drift_px[:, k] - sd_px, drift_px[:, k] + sd_px, color=color, alpha=0.25, lw=0)
     ax.set(xlabel="defocus (Å)", ylabel="displacement (pixels)")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def plot_distortion(ax, defocus, distortion, sd):
+    """Stretch and shear of every image (F, 2, 2) against their mean, in per cent, with one standard deviation."""
+    for k, (name, color, style) in enumerate((("x by x", BLUE, "-"), ("x by y", ORANGE, "--"), ("y by x", GREEN, ":"), ("y by y", PURPLE, "-."))):
+        value, error = (100 * np.reshape(a, (-1, 4))[:, k] for a in (distortion, sd))
+        ax.plot(defocus, value, style, color=color, label=name)
+        ax.fill_between(defocus, value - error, value + error, color=color, alpha=0.2, lw=0)
+    ax.set(xlabel="defocus (Å)", ylabel="distortion (%)")
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -263,13 +273,14 @@ def plot_tomogram(ax, tomogram, voxel_size, level, tilt=0.0):
 
 
 def plot_tilted_atoms(ax, atoms, atom_sd, tilt=0.0):
-    """Atoms as the beam sees them after a tilt about x [degrees], the nearest to the source in front, with one standard deviation across the tilt axis."""
+    """Atoms as the beam sees them after a tilt about x [degrees], the nearest to the source in front, with one standard deviation across the tilt axis; returns what a colour bar of their z needs."""
     c, s = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
     x, y, z = atoms[:, 0], atoms[:, 1] * c - atoms[:, 2] * s, atoms[:, 1] * s + atoms[:, 2] * c
     order = np.argsort(-z)
     ax.errorbar(x, y, np.hypot(atom_sd[:, 1] * c, atom_sd[:, 2] * s), fmt="none", ecolor=GREY, elinewidth=0.7)
-    ax.scatter(x[order], y[order], s=30, c=-z[order], cmap="YlOrBr_r", vmin=-1.4 * abs(z).max(), vmax=1.2 * abs(z).max(), edgecolors="black", linewidths=0.3, zorder=3)
+    drawn = ax.scatter(x[order], y[order], s=30, c=z[order], cmap="YlOrBr", vmin=-1.2 * abs(z).max(), vmax=1.4 * abs(z).max(), edgecolors="black", linewidths=0.3, zorder=3)
     ax.set(xlabel="x (Å)", ylabel="y (Å)", aspect="equal")
+    return drawn
 
 
 def plot_views(axes, tomogram, voxel_size, level, images, pixel_size, atoms, atom_sd, tilts=(0.0, 45.0)):
@@ -281,11 +292,12 @@ def plot_views(axes, tomogram, voxel_size, level, images, pixel_size, atoms, ato
         plot_tomogram(row[0], tomogram, voxel_size, level, tilt)
         middle = (np.array(image.shape[::-1]) - 1) / 2 * pixel_size
         plot_image(row[1], image, pixel_size, origin=-middle)
-        plot_tilted_atoms(row[2], atoms, atom_sd, tilt)
+        drawn = plot_tilted_atoms(row[2], atoms, atom_sd, tilt)
         for ax in row:
             ax.set(xlim=(-middle[0], middle[0]), ylim=(middle[1], -middle[1]))
             ax.label_outer()
         row[0].set_ylabel(f"y (Å), {tilt:.0f}° about x")
+        row[2].figure.colorbar(drawn, ax=row[2], shrink=0.8, label="z along the beam (Å)")
     for ax, name in zip(axes[0], ("tomogram", "image", "depth sectioning"), strict=True):
         ax.set_title(name)
 

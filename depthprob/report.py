@@ -185,6 +185,14 @@ def _figures(r, truth):
         f"Average of the {len(chosen)} sharpest images as they came and with their drift taken back (a picture only: the fit moves the model, not the data), and the "
         "difference. Right: by how much the shifts that the joint fit started from, by phase correlation or from a file, missed what it found; bands are its standard deviation."
     )
+    if r.distortion is not None and r.distortion_sd is not None:
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        plotting.plot_distortion(figure.subplots(), r.defocus, r.distortion, r.distortion_sd)
+        half = max(r.stack.shape[1:]) * r.pixel_size / 2
+        yield "Distortion of the scan", figure, (
+            f"How each image is stretched and sheared against the mean of all: displacement along x or y by distance in x or y from the middle of the field. Root mean square "
+            f"{100 * np.sqrt(np.mean(r.distortion**2)):.2f} %, or {half * np.sqrt(np.mean(r.distortion**2)):.2f} Å at the edges of the field. What all images have in common is in the columns' positions."
+        )
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     a, b, c = figure.subplots(1, 3)
     plotting.plot_cross_sections(a, r.cross_section, r.library_cross_section, r.hybrid.components)

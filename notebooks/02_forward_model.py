@@ -132,6 +132,9 @@ for (name, values), marker, colour in zip(spread.items(), "osos", ("#D55E00", "#
 axes[0].axhline(difference, color="black", lw=0.8, label="one two-level difference")
 axes[0].set(xlabel="configurations", ylabel="error of the depth (Å)", title=f"{n_atoms} gold atoms")
 axes[1].set(xlabel="configurations", ylabel="error of the on-axis intensity (fraction)")
+for ax in axes:
+    ax.set_xticks(numbers, map(str, numbers))
+    ax.xaxis.set_minor_formatter("")
 axes[0].legend(fontsize=7)
 everything = mean[: len(foci)]
 exact = column_images(closed.blocks[0, n_atoms - 1 : n_atoms].astype(complex), closed.modes, microscope, np.concatenate([foci, foci - STEP, foci + STEP]) + closed.centre_of_mass[n_atoms - 1], cell, pixels)[0]
@@ -180,7 +183,7 @@ lenses = {
     "C23 = 600 Å": {"C23_A": 600.0, "phi23_deg": 0.0},
 }
 side, size = 16.0, 80
-fig, axes = plt.subplots(2, len(lenses), figsize=(9, 4.6), sharex=True, sharey=True, layout="constrained")
+fig, axes = plt.subplots(2, len(lenses), figsize=(11, 4.6), sharex=True, sharey=True, layout="constrained")
 totals = {}
 for (name, aberrations), pair in zip(lenses.items(), axes.T, strict=True):
     lens = dp.Microscope(300e3, 21.0, 0.7, aberrations=aberrations)
@@ -189,7 +192,10 @@ for (name, aberrations), pair in zip(lenses.items(), axes.T, strict=True):
     totals[name] = images.sum((-1, -2)) * (side / size) ** 2
     for ax, image, focus in zip(pair, images, (0, 60), strict=True):
         ax.imshow(np.fft.fftshift(image), extent=(-side / 2, side / 2, side / 2, -side / 2), cmap="cividis", vmin=0)
-        ax.set(title=f"{name}, {focus} Å", xlim=(-4, 4), ylim=(4, -4))
+        ax.set(title=f"{name}, focus {focus} Å", xlabel="x (Å)", ylabel="y (Å)", xlim=(-4, 4), ylim=(4, -4))
+        ax.title.set_fontsize(9)
+        ax.label_outer()
+        fig.colorbar(ax.images[0], ax=ax, shrink=0.7, label="fraction of the beam" if ax in axes[:, -1] else "")
 print("integral over the image (Å²): " + "; ".join(f"{name} {t[0]:.3f}, {t[1]:.3f}" for name, t in totals.items()))
 
 # %% [markdown]
@@ -245,11 +251,12 @@ design = np.concatenate([(above - below) / (2 * STEP), series]).reshape(2 * len(
 errors = np.linalg.lstsq(design, (full - summed).ravel() * weight, rcond=None)[0]
 relative = np.sqrt(np.mean((full - summed) ** 2)) / np.sqrt(np.mean(full**2))
 depth_errors, amplitudes = errors[: len(places)], errors[len(places) :]
-fig, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
+fig, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
 for ax, image, name in zip(axes, (full[0], summed[0], (full - summed)[0]), ("whole", "sum of columns", "difference"), strict=True):
-    drawn = ax.imshow(image, extent=(0, side, side, 0), cmap="PuOr" if name == "difference" else "cividis")
-    fig.colorbar(drawn, ax=ax)
-    ax.set(title=f"{name}, {wide[0]:g} Å")
+    limit = abs(image).max() if name == "difference" else None  # white is none
+    drawn = ax.imshow(image, extent=(0, side, side, 0), cmap="PuOr" if limit else "cividis", vmin=-limit if limit else None, vmax=limit)
+    fig.colorbar(drawn, ax=ax, label="fraction of the beam")
+    ax.set(title=f"{name}, focus {wide[0]:g} Å", xlabel="x (Å)", ylabel="y (Å)")
 by_focus = np.sqrt(((full - summed) ** 2).mean((1, 2)) / (full**2).mean((1, 2)))
 print("rms difference by focus (%): " + ", ".join(f"{f:g} Å {100 * b:.2f}" for f, b in zip(wide, by_focus, strict=True)))
 print(f"{len(places)} columns of {tall} atoms, {configurations} configuration: intensity differs by {100 * relative:.2f} % rms")

@@ -33,6 +33,7 @@ import depthprob as dp
 from depthprob import plotting
 from depthprob.config import config_from_dict
 from depthprob.data import make_nanorod as rod
+from depthprob.inference.gaussian_peak import disc_radius
 from depthprob.io import Stack
 from depthprob.reconstruction import tomography
 from depthprob.reconstruction.drift import shift_images
@@ -101,16 +102,16 @@ bound = np.sqrt(np.mean(found.crlb[right] ** 2))
 
 
 def errors(depth):
-    """Depth errors of columns of the right count, after their median, for a common shift is gauge."""
+    """Depth errors of columns of the right count, after their median, for a common shift is gauge; nan where a fit failed."""
     error = (depth - true_depth)[right]
-    return error - np.median(error)
+    return error - np.nanmedian(error)
 
 
-rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
+rms = lambda x: float(np.sqrt(np.nanmean(np.square(x))))
 score = {name: errors(depth) for name, depth in (("joint fit", found.depth), ("Gaussian peak", found.gaussian_depth))}
 print(f"columns found: {len(found.depth)} of {len(truth)}; counts right: {right.sum()}; rms of the bounds {bound:.2f} Å")
 for name, error in score.items():
-    print(f"{name:14s} error {rms(error):.2f} Å rms, {rms(error) / bound:.2f} times the bound, {np.mean(abs(error) < rod.LATTICE / 2):.0%} on the right lattice plane")
+    print(f"{name:14s} error {rms(error):.2f} Å rms, {rms(error) / bound:.2f} times the bound, {np.mean(abs(error) < rod.LATTICE / 2):.0%} on the right lattice plane, {np.sum(np.isnan(error))} failed")
 off = np.median((found.depth - true_depth)[right])
 covered = np.mean((found.depth_q05 - off < true_depth)[right] & (found.depth_q95 - off > true_depth)[right])
 drift_error = rms(np.hypot(*(found.drift_px * pixel - drift).T))
@@ -128,26 +129,31 @@ plotting.plot_estimates(ax, found.depth, found.depth_sd, found.gaussian_depth, f
 # ## Figure 3: the corrected stack, and one column through focus
 #
 # The images far from focus, like the one on top, resolve no columns. The marked column is followed through the stack on the right: crosses are its mean
-# intensity, the dashed Gaussian gives the paper's estimate, the line is the joint fit, which also knows the neighbours' light.
+# intensity with one standard deviation of its counts, the dashed Gaussian gives the paper's estimate, the line is the joint fit, which also knows the neighbours' light.
 
 # %%
 corrected = shift_images(counts, -found.drift_px, periodic=True)
 column = int(np.argmin(np.hypot(*(found.positions - [12.24, 10.2]).T)))
+measured = found.column_series[column]
+noise = np.sqrt(measured / (np.asarray(found.dose) * np.pi * disc_radius(found.positions) ** 2))  # of Poisson counts in the disc that it is the mean of
 fig, (left, right_ax) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
 plotting.plot_stack_volume(left, corrected, defocus, pixel, found.positions[column])
 plotting.plot_column_series(
-    right_ax, defocus, found.column_series[column], found.gaussian_fit_series[column], found.joint_fit_series[column],
-    f"{found.n_atoms[column]} atoms at {found.depth[column]:.2f} ± {found.depth_sd[column]:.2f} Å, in truth {true_depth[column]:.2f} Å",
+    right_ax, defocus, measured, found.gaussian_fit_series[column], found.joint_fit_series[column],
+    f"{found.n_atoms[column]} atoms at {found.depth[column]:.2f} ± {found.depth_sd[column]:.2f} Å, in truth {true_depth[column]:.2f} Å", noise,
 )
 
 # %% [markdown]
 # ## Figure 4: average of the eight central images, and the map of counts
+#
+# Columns whose count is less than 95 % sure would be ringed.
 
 # %%
 fig, (left, right_ax) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 plotting.plot_image(left, found.average_image, pixel)
+fig.colorbar(left.images[0], ax=left, label="fraction of the beam")
 drawn = plotting.plot_count_map(right_ax, found.positions, found.n_atoms, found.n_probability[np.arange(len(found.n_atoms)), found.n_atoms - 1])
-fig.colorbar(drawn, label="atoms in the column", ticks=np.unique(found.n_atoms));
+fig.colorbar(drawn, ax=right_ax, label="atoms in the column", ticks=np.unique(found.n_atoms));
 
 # %% [markdown]
 # ## Tomography beside it
@@ -205,6 +211,7 @@ def image_along_110(atoms):
 
 
 by_gauss = snap(found.positions, found.gaussian_depth, found.gaussian_depth_sd, found.n_atoms, column_geometry(config)).atoms - middle
+by_gauss = by_gauss[np.isfinite(by_gauss).all(1)]  # none of a column whose peak was not found
 images = {"truth": image_along_110(atoms - middle), "joint fit": image_along_110(model), "Gaussian peak": image_along_110(by_gauss)}
 alike = {}
 for name in ("joint fit", "Gaussian peak"):
@@ -222,13 +229,13 @@ plotting.plot_views(axes, volume, voxel, bulk / 2, (found.average_image, images[
 
 # %% [markdown]
 # As in the paper, the rod's shape comes back, seen from a side that no image of the series shows. All atoms are counted right; the joint fit comes within a tenth of its
-# bound, where the paper's estimator is more than twice above it and puts every fifth column on a wrong plane. The image along <110> of the joint fit's atoms is nearly
+# bound, where the paper's estimator is nearly twice above it, finds no peak for four columns and puts every fifth on a wrong plane or none. The image along <110> of the joint fit's atoms is nearly
 # the true one; that of the Gaussian peaks' atoms is not.
 
 # %%
 assert len(found.depth) == len(truth) and laid.correlation > 0.98 and abs(laid.rotation - 25.0) < 1.0
 assert right.all()
-assert rms(score["joint fit"]) < 1.15 * bound and rms(score["Gaussian peak"]) > 2 * bound
+assert rms(score["joint fit"]) < 1.15 * bound and rms(score["Gaussian peak"]) > 1.7 * bound
 assert np.mean(abs(score["joint fit"]) < rod.LATTICE / 2) >= 0.97 and np.mean(abs(score["Gaussian peak"]) < rod.LATTICE / 2) < 0.85
 assert 0.8 < covered < 0.97 and drift_error < 0.03
 assert alike["joint fit"][0] > 0.98 > 0.9 > alike["Gaussian peak"][0]

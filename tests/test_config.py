@@ -71,6 +71,8 @@ def test_a_descending_range_of_foci_is_fine():
         ({"microscope": {"convergence_angle_mrad": 0}}, ["above 0"]),
         ({"microscope": {"aberrations": {"C11_A": 1}}}, ["C11_A"]),
         ({"inference": {"prior_sd": {"depth": 3.0}}}, ["'depth'", "depth_A"]),
+        ({"inference": {"free": ["image_distortion"]}}, ["image_distortions"]),
+        ({"crlb": {"nuisances": ["image_distortions"]}}, ["'focal_spread'"]),
         ({"inference": {"prior_sd": {"gain": 0}}}, ["prior_sd.gain", "above 0"]),
         ({"inference": {"prior_sd": 0.1}}, ["[inference.prior_sd]"]),
         ({"microscope": {"aberrations": {"C10_A": 1}}}, ["focal_series"]),

@@ -470,6 +470,12 @@ def test_drift_csv_has_the_columns_of_the_contract(tmp_path):
     lines = (tmp_path / "drift.csv").read_text().splitlines()
     assert lines[0] == "image,defocus_A,dx_px,dy_px,sd_px"
     assert lines[3] == "2,10,-1,-2.5,0.1"
+    scan = np.arange(12).reshape(3, 2, 2) / 100
+    io.write_drift_csv(tmp_path / "drift.csv", FOCI, np.zeros((3, 2)), np.full(3, 0.1), scan, scan / 10)
+    lines = (tmp_path / "drift.csv").read_text().splitlines()
+    assert lines[0] == "image,defocus_A,dx_px,dy_px,sd_px,distortion_xx,distortion_xy,distortion_yx,distortion_yy,distortion_xx_sd,distortion_xy_sd,distortion_yx_sd,distortion_yy_sd"
+    assert lines[2] == "1,0,0,0,0.1,0.04,0.05,0.06,0.07,0.004,0.005,0.006,0.007"
+    np.testing.assert_array_equal(io.read_drift_csv(tmp_path / "drift.csv", FOCI, (16, 16)), np.zeros((3, 2)))
 
 
 def test_structure_xyz_is_read_by_ase(tmp_path):

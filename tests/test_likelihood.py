@@ -12,6 +12,7 @@ from depthprob.errors import InputError
 from depthprob.inference import local
 from depthprob.inference.gaussian_peak import fit_gaussian_peaks
 from depthprob.inference.likelihood import (
+    AFFINE,
     column_amplitudes,
     column_bounds,
     crlb,
@@ -66,6 +67,23 @@ def test_expected_counts_are_the_sum_of_the_columns_images(library):
     np.testing.assert_allclose(counts / (9612 * 0.16), direct, atol=2e-3 * direct.max())
 
 
+def test_a_distorted_scan_moves_columns_away_from_the_middle_of_the_field(library):
+    scan = np.random.default_rng(0).normal(0, 0.03, (len(DEFOCUS), 2, 2))
+    distorted = dataclasses.replace(field(), image_shifts=np.full((len(DEFOCUS), 2), 0.1), image_distortions=scan)
+    counts = np.asarray(expected_counts(distorted, library, SERIES))
+    x, y = np.arange(34) * 0.4, np.arange(30) * 0.4
+    direct = np.full(counts.shape, 2e-4)
+    for (px, py), n, d in zip(field().positions, field().n_atoms, field().depths, strict=True):
+        u, v = px - 16.5 * 0.4, py - 14.5 * 0.4
+        for i, ((xx, xy), (yx, yy)) in enumerate(scan):
+            direct[i] += library.series(n, DEFOCUS[i : i + 1] - d, x - px - 0.1 - xx * u - xy * v, y - py - 0.1 - yx * u - yy * v)[0]
+    # frequencies under 1e-4 of the largest are left out
+    np.testing.assert_allclose(counts / (9612 * 0.16), direct, atol=2e-3 * direct.max())
+    posed = make_problem(counts, distorted, library, SERIES)  # what all distortions have in common goes to the positions
+    assert abs(np.mean([posed.start[name] for name in AFFINE], 1)).max() < 1e-12
+    np.testing.assert_allclose(rates(posed.start, posed), counts, atol=1e-5 * counts.max())
+
+
 def test_moving_a_column_in_depth_is_moving_the_focus(library):
     moved = FocalSeries(DEFOCUS + 4.0, 0.4, SERIES.dose, (30, 34), False)
     a = expected_counts(field((-6.0, 3.0, 9.0)), library, SERIES)
@@ -87,6 +105,16 @@ def test_score_holds_with_focus_and_source_size_free(problem, library):
     _, score = fisher_and_score(from_vector(vector, wide), wide)
     gradient = np.asarray(jax.grad(lambda v: log_likelihood(from_vector(v, wide), wide))(vector))
     np.testing.assert_allclose(score[-2:], gradient[-2:], rtol=2e-3)  # rates in float32
+
+
+def test_score_holds_with_distorted_scans(problem, library):
+    free = ("positions", "gain", "background", "image_shifts", "image_distortions")
+    wide = make_problem(np.asarray(problem.counts), field(), library, SERIES, free)
+    vector = jnp.asarray(to_vector(wide.start, wide)) + 0.02 * np.random.default_rng(0).uniform(size=len(to_vector(wide.start, wide)))
+    fisher, score = fisher_and_score(from_vector(vector, wide), wide)
+    gradient = np.asarray(jax.grad(lambda v: log_likelihood(from_vector(v, wide), wide))(vector))
+    np.testing.assert_allclose(score, gradient, atol=2e-4 * abs(gradient).max())  # rates in float32
+    assert len(fisher) == len(vector) == 3 * 3 + 8 * len(DEFOCUS)
 
 
 def film(tilt):

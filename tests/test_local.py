@@ -25,19 +25,19 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 
 @pytest.fixture(scope="module", params=[False, True], ids=["open", "periodic"])
 def problem(request, library):
-    """72 columns in several strips; with a periodic field also across its edges."""
+    """72 columns in several strips; with a periodic field also across its edges, with an open one in distorted images."""
     periodic = request.param
     rng = np.random.default_rng(0)
     i, j = np.meshgrid(np.arange(18), np.arange(8))
     keep = (i + j) % 2 == 0
     positions = np.stack([2.04 * i[keep], 2.04 * j[keep]], 1) + (0.5 if periodic else 5.0) + rng.normal(0, 0.03, (72, 2))
     n = len(DEFOCUS)
-    film = rng.normal(0, 0.2, (n, 5))
-    field = Field(positions, rng.integers(3, 12, 72), rng.normal(0, 5, 72), np.full(n, 2e-3), np.ones(n), rng.normal(0, 0.3, (n, 2)), background_shape=film)
+    film, scan = rng.normal(0, 0.2, (n, 5)), rng.normal(0, 0.01, (n, 2, 2))
+    field = Field(positions, rng.integers(3, 12, 72), rng.normal(0, 5, 72), np.full(n, 2e-3), np.ones(n), rng.normal(0, 0.3, (n, 2)), background_shape=film, image_distortions=None if periodic else scan)
     shape = (48, 110) if not periodic else (41, 92)
     series = FocalSeries(DEFOCUS, 0.4, np.full(n, 9612.0), shape, periodic)
     counts = rng.poisson(np.maximum(np.asarray(expected_counts(field, library, series), float), 0))
-    return eqx.tree_at(lambda p: p.dispersion, make_problem(counts, field, library, series, FREE), 1.0 + periodic)
+    return eqx.tree_at(lambda p: p.dispersion, make_problem(counts, field, library, series, (*FREE, *("image_distortions",) * (not periodic))), 1.0 + periodic)
 
 
 def arrow_matrix(rng):

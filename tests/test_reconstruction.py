@@ -98,6 +98,20 @@ def test_lattice_probabilities_are_calibrated():
     assert len(fit.atoms) == n.sum() and np.all(fit.site_probability <= 1 + 1e-9)
 
 
+def test_columns_without_a_depth_leave_the_others_on_their_planes():
+    geometry = crystal_columns(unit_cell("fcc", 4.08), (0, 0, 1))
+    rng = np.random.default_rng(6)
+    i, j = (a.ravel() for a in np.mgrid[:4, :4])
+    n, xy = np.full(16, 3), np.stack([i, j], 1) * 2.04
+    depths = (i + j) % 2 * 2.04 + rng.normal(0, 0.2, 16)
+    unknown = np.arange(16) == 5
+    fit = snap(xy, np.where(unknown, np.nan, depths), np.where(unknown, np.nan, 0.2), n, geometry)
+    rest = snap(xy[~unknown], depths[~unknown], np.full(15, 0.2), n[~unknown], geometry)
+    assert np.isnan(fit.depth[unknown]).all() and np.isnan(fit.atoms[fit.column_of_atom == 5, 2]).all()
+    np.testing.assert_allclose(fit.depth[~unknown], rest.depth)
+    np.testing.assert_allclose(fit.probability[~unknown], rest.probability)
+
+
 def test_mixture_finds_the_number_of_thicknesses():
     rng = np.random.default_rng(2)
     n = rng.integers(2, 6, 200)
@@ -311,6 +325,6 @@ def test_a_thin_column_among_thick_ones_is_found_by_the_fits_residuals(library, 
         found.append(hidden_columns({k: np.asarray(v) for k, v in problem.start.items()}, problem, expected_rates(problem.start, problem)))
     assert len(found[1]) == 0
     (site,) = found[0]
-    assert np.hypot(*(site - positions[5])) < pixel
+    assert np.hypot(*(site - positions[5])) < 0.1  # where it stays if positions are held; the nearest pixel is 0.23 Å off
     grown = with_columns(part, found[0])
     assert grown.positions.shape == (16, 2) and grown.n_atoms[-1] == 1

@@ -1,6 +1,7 @@
 """The report: readable without JavaScript, and in a real browser every column can be chosen and nothing fails."""
 
 import base64
+import dataclasses
 import html
 import re
 import shutil
@@ -186,3 +187,20 @@ def test_columns_are_clicked_dragged_zoomed_and_sorted(page, tmp_path):
         "model #column=12 Column 12", "model dragged true zoomed true whole true",
         f"least {found.depth.argmin()}", f"largest {largest}", f"#column={largest}", "done",
     ]  # fmt: skip
+
+
+def test_distortions_of_the_scan_are_drawn_where_they_were_fitted():
+    from matplotlib.figure import Figure
+
+    from depthprob.plotting import plot_distortion
+    from depthprob.report import _figures
+
+    plain = made_up()
+    scan = np.random.default_rng(0).normal(0, 0.01, (len(plain.defocus), 2, 2))
+    fitted = dataclasses.replace(plain, distortion=scan, distortion_sd=np.full(scan.shape, 1e-3))
+    titles = [[title for title, _, _ in _figures(r, None)] for r in (plain, fitted)]
+    assert set(titles[1]) - set(titles[0]) == {"Distortion of the scan"}
+    ax = Figure().subplots()
+    plot_distortion(ax, fitted.defocus, scan, fitted.distortion_sd)
+    np.testing.assert_allclose([line.get_ydata() for line in ax.lines], 100 * scan.reshape(-1, 4).T)
+    assert ax.get_xlabel() == "defocus (Å)" and ax.get_ylabel() == "distortion (%)"

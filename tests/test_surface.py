@@ -100,6 +100,34 @@ def test_facets_of_a_wulff_particle_are_those_it_was_cut_with():
     assert len(surface.facets) == 10
 
 
+@pytest.mark.parametrize(
+    ("planes", "layers", "angle", "named", "faces"),
+    [([(3, 1, 1)], [13], 0.0, "311", 24), ([(3, 1, 1)], [13], 21.0, "311", 24), ([(2, 1, 0)], [22], 0.0, "210", 16), ([(3, 1, 0)], [34], 0.0, "310", 16)],
+)
+def test_facets_of_higher_index_are_those_it_was_cut_with(planes, layers, angle, named, faces):
+    """The eight of the {210} and {310} that hold the beam are seen from the side alone."""
+    surface = surface_of(FaceCenteredCubic("Au", planes, layers, A), angle=angle)
+    names = ["".join(str(i) for i in sorted(map(abs, f.hkl), reverse=True)) for f in surface.facets]
+    assert names.count(named) == faces
+    assert max(f.misfit for f, name in zip(surface.facets, names, strict=True) if name == named) < 1e-3
+    assert sum(names.count(other) for other in {"210", "310", "320", "221", "322", "332", "321", "211", "331"} - {named}) == 0
+
+
+def test_ends_that_are_off_by_a_layer_are_not_named_facets_of_higher_index():
+    """Every third end of a column one atom short, at random."""
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        atoms, column, _, xy = seen(FaceCenteredCubic("Au", [(1, 0, 0), (1, 1, 1)], [6, 6], A))
+        ends = np.flatnonzero(np.diff(np.concatenate([[-1], column, [column[-1] + 1]])))
+        first, last = ends[:-1], ends[1:] - 1
+        lost = np.concatenate([first[(last - first > 3) & (rng.random(len(first)) < 1 / 3)], last[(last - first > 3) & (rng.random(len(first)) < 1 / 3)]])
+        atoms, column = np.delete(atoms, lost, 0), np.delete(column, lost)
+        n = np.bincount(column)
+        ends = column_ends(np.bincount(column, atoms[:, 2]) / n, np.full(len(n), 0.3), n, np.eye(n.max())[n - 1], A)
+        facets = find_surface(atoms, column, ends, np.zeros(len(n)), xy, GOLD, (0, 0, 1)).facets
+        assert len(facets) > 8 and max(max(map(abs, f.hkl)) for f in facets) == 1
+
+
 def test_a_step_parts_two_terraces():
     """A {100} slab of 8 x 8 columns, half of it one layer higher."""
     slab = bulk("Au", "fcc", A, cubic=True).repeat((4, 4, 2))

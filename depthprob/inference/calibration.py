@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import kstest, ttest_1samp
 
 from ..physics.focal_series import expected_counts
-from .likelihood import Problem, field_of, from_vector, to_vector
+from .likelihood import MEAN_SD, Problem, field_of, from_vector, to_vector
 from .posterior import infer
 
 
@@ -54,7 +54,7 @@ def draw_truth(key: jax.Array, problem: Problem) -> dict:
             raise ValueError(f"The prior of {name} is improper and cannot be drawn from. Give make_problem a prior_sd for it.")
         key, own = jax.random.split(key)
         truth[name] = problem.centre[name] + problem.prior_sd[name] * jax.random.normal(own, problem.start[name].shape)
-        if name.startswith("shift"):
+        if name in MEAN_SD:
             truth[name] -= jnp.mean(truth[name])
     return truth
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..physics.focal_series import background_images, counts_per_fraction
+from ..physics.focal_series import background_images, counts_per_fraction, displaced
 from ..physics.windows import BATCH, WindowRenderer, painted_image
-from .likelihood import DARKEST, PER_IMAGE, Problem, field_of, from_vector, log_prior
+from .likelihood import DARKEST, PER_IMAGE, Problem, field_of, from_vector, log_prior, places
 from .local import windows_about
 
 ROOM = 0.5  # pixels that a column moves from the mode before its window follows
@@ -44,8 +44,7 @@ class WindowedField(eqx.Module):
 
 def windowed(parameters: dict, problem: Problem) -> WindowedField:
     """For parameters near those given."""
-    shifts = np.stack([parameters["shift_x"], parameters["shift_y"]], 1)
-    at = np.stack([parameters["x"], parameters["y"]], 1) + shifts[:, None]
+    at = places(parameters, problem.series)
     windows = windows_about(parameters, problem, ROOM)
     return WindowedField(problem, jnp.asarray(at / problem.series.pixel_size), tuple(_Class(jnp.asarray(w.images), w.draw, w.half) for w in windows))
 
@@ -68,7 +67,7 @@ def _of_image(parameters: dict, field: WindowedField, own: _Class, i: Int[Array,
     problem, series = field.problem, field.problem.series
     image = field_of({name: value[i][None] if name in PER_IMAGE else value for name, value in parameters.items()}, problem.n_atoms)
     px, size, side = series.pixel_size, np.array(series.shape[::-1]), 2 * own.half + 1
-    at = image.positions + image.image_shifts
+    at = displaced(image.positions, image.image_shifts, image.image_distortions, series)[0]
     pixel = jnp.floor(field.places[i]).astype(int) + jnp.round(at / px - field.places[i]).astype(int)
     offset = at - (pixel - own.half) * px
     corner = (jnp.mod(pixel, size) if series.periodic else pixel) - own.half + side  # on a canvas with `side` pixels around the image

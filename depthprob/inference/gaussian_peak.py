@@ -47,8 +47,8 @@ def disc_averages(stack: np.ndarray, positions: np.ndarray, shifts: np.ndarray, 
     Parameters
     ----------
     positions : (C, 2) [Å]
-    shifts : (F, 2)
-        Displacement of the object in each image [Å].
+    shifts : (F, 2) or (F, C, 2)
+        Displacement of the object, or of each column, in each image [Å].
     radius : float
         [Å].
     """
@@ -199,6 +199,8 @@ def fit_gaussian_peaks(
     ----------
     stack : (F, ny, nx)
         Fraction of the beam.
+    image_shifts : (F, 2) or (F, C, 2)
+        Displacement of the object, or of each column, in each image [Å].
     radius : float, optional
         Of the disc averaged over [Å]; by default `disc_radius`.
     """

@@ -1,7 +1,8 @@
 """Poisson likelihood of a whole stack: joint maximum, Fisher information and goodness of fit.
 
 Parameters are a dictionary of arrays, one per name of `PARAMETERS`; depths and positions belong to columns, the rest to images.
-Gain and background enter as logarithms. The gauge: image shifts sum to zero, so positions are those of the mean image.
+Gain and background enter as logarithms. The gauge: image shifts sum to zero, and so do
+distortions, so positions are those of the mean image.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,9 @@ from ..physics.focal_series import (
     background_images,
     counts_per_fraction,
     defocus_minus_depth,
+    displaced,
     expected_counts,
+    from_middle,
     phases,
     q_squared,
     renderer,
@@ -33,7 +36,8 @@ from .arrow import ArrowFactor, ArrowMatrix
 
 PER_COLUMN = ("depth", "x", "y")
 SMOOTH = ("background_x", "background_y", "background_xx", "background_xy", "background_yy")  # of a smooth background alone
-PER_IMAGE = ("log_gain", "log_background", "shift_x", "shift_y", *SMOOTH)
+AFFINE = ("distortion_xx", "distortion_xy", "distortion_yx", "distortion_yy")  # of distorted scans alone: what moves along the first, by the second
+PER_IMAGE = ("log_gain", "log_background", "shift_x", "shift_y", *SMOOTH, *AFFINE)
 GLOBAL = ("focus_offset", "focus_step", "source_variance")
 PARAMETERS = PER_COLUMN + PER_IMAGE + GLOBAL
 DARKEST = 1e-6  # e/pixel; a mean below it is not told from it by any series, and keeps logarithms finite
@@ -116,6 +120,7 @@ def free_parameters(free: tuple[str, ...]) -> tuple[str, ...]:
         "focus_step": ("focus_step",),
         "source_size": ("source_variance",),
         "smooth_background": SMOOTH,
+        "image_distortions": AFFINE,
     }
     chosen = {"depth"} | {name for word in free for name in words[word]}
     return tuple(name for name in PARAMETERS if name in chosen)
@@ -140,15 +145,20 @@ def make_problem(
     Without `dense` only the functions of `local` take the result. `prior_sd` replaces entries of `PRIOR_SD`; one for "log_background"
     replaces its Gamma prior by a normal one. Priors stand about `centre`, a dictionary of parameters; absent, about the field, and depths about zero.
     """
-    shifts = np.asarray(field.image_shifts, float)
+    shifts, positions = np.asarray(field.image_shifts, float), np.asarray(field.positions, float)
+    distortions = np.zeros((len(shifts), 2, 2)) if field.image_distortions is None else np.asarray(field.image_distortions, float)
+    common, moved = distortions.mean(0), shifts.mean(0)
+    positions = positions + moved + from_middle(positions, series) @ common.T
+    distortions = (distortions - common) @ np.linalg.inv(np.eye(2) + common)  # of the field moved by what they have in common
+    shifts = shifts - moved - distortions @ moved
     start = {
         "depth": field.depths,
-        "x": np.asarray(field.positions)[:, 0] + shifts[:, 0].mean(),
-        "y": np.asarray(field.positions)[:, 1] + shifts[:, 1].mean(),
+        "x": positions[:, 0],
+        "y": positions[:, 1],
         "log_gain": np.log(field.gain),
         "log_background": np.log(np.maximum(field.background, 1e-7)),
-        "shift_x": shifts[:, 0] - shifts[:, 0].mean(),
-        "shift_y": shifts[:, 1] - shifts[:, 1].mean(),
+        "shift_x": shifts[:, 0],
+        "shift_y": shifts[:, 1],
         "focus_offset": np.array(float(field.focus_offset)),
         "focus_step": np.array(float(field.focus_step)),
         "source_variance": np.array(float(field.source_variance)),
@@ -156,6 +166,8 @@ def make_problem(
     if "smooth_background" in free:
         shape = np.zeros((len(shifts), len(SMOOTH))) if field.background_shape is None else np.asarray(field.background_shape)
         start |= dict(zip(SMOOTH, shape.T, strict=True))
+    if "image_distortions" in free or field.image_distortions is not None:
+        start |= dict(zip(AFFINE, distortions.reshape(-1, 4).T, strict=True))
     start = {k: jnp.asarray(v, float) for k, v in start.items()}
     used = np.ones(np.shape(counts), bool) if mask is None else mask
     return Problem(
@@ -178,7 +190,26 @@ def field_of(parameters: dict, n_atoms: jax.Array) -> Field:
         focus_step=p["focus_step"],
         source_variance=p["source_variance"],
         background_shape=jnp.stack([p[name] for name in SMOOTH], 1) if SMOOTH[0] in p else None,
+        image_distortions=jnp.stack([p[name] for name in AFFINE], 1).reshape(-1, 2, 2) if AFFINE[0] in p else None,
     )
+
+
+def distortions_of(parameters: dict) -> np.ndarray | None:
+    """E of every image (F, 2, 2), if images are distorted."""
+    return np.stack([parameters[name] for name in AFFINE], 1).reshape(-1, 2, 2) if AFFINE[0] in parameters else None
+
+
+def places(parameters: dict, series: FocalSeries) -> np.ndarray:
+    """x, y of every column in every image (F, C, 2) [Å]."""
+    positions, shifts = (np.stack([parameters[name + "x"], parameters[name + "y"]], 1) for name in ("", "shift_"))
+    return displaced(positions, shifts, distortions_of(parameters), series)
+
+
+def by_position(by_x, by_y, distortion) -> tuple:
+    """Derivatives by a column's x and y from those by its place in an image with this distortion (2, 2), if any."""
+    if distortion is None:
+        return by_x, by_y
+    return by_x + by_x * distortion[0, 0] + by_y * distortion[1, 0], by_y + by_x * distortion[0, 1] + by_y * distortion[1, 1]
 
 
 def per_image(problem: Problem) -> tuple[str, ...]:
@@ -199,11 +230,11 @@ def image_log_likelihoods(parameters: dict, problem: Problem) -> jax.Array:
     return jnp.sum(terms, axis=(1, 2), dtype=float) / problem.dispersion
 
 
-PRIOR_SD = dict.fromkeys(SMOOTH, 0.5) | {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05, "source_variance": 0.05}
+PRIOR_SD = dict.fromkeys(SMOOTH, 0.5) | dict.fromkeys(AFFINE, 0.02) | {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05, "source_variance": 0.05}
 BACKGROUND_SHAPE = 4.0
-LARGEST_STEP = {"depth": 15.0, "log_background": 2.0, "source_variance": 0.03}  # of scoring; 0.3 for the rest
+LARGEST_STEP = {"depth": 15.0, "log_background": 2.0, "source_variance": 0.03} | dict.fromkeys(AFFINE, 0.02)  # of scoring; 0.3 for the rest
 ROUGH = 0.1  # standard deviations from the maximum: near enough to count atoms by
-MEAN_SHIFT_SD = 1e-3  # Å; fixes the gauge
+MEAN_SD = {"shift_x": 1e-3, "shift_y": 1e-3} | dict.fromkeys(AFFINE, 1e-4)  # of means over the images, Å and 1; fixes the gauge
 
 
 def log_prior(parameters: dict, problem: Problem) -> jax.Array:
@@ -219,9 +250,9 @@ def log_prior(parameters: dict, problem: Problem) -> jax.Array:
             total = total + BACKGROUND_SHAPE * jnp.sum(value)
         else:
             total = total - jnp.sum((value - problem.centre[name]) ** 2) / (2 * problem.prior_sd[name] ** 2)
-    for name in ("shift_x", "shift_y"):
+    for name, sd in MEAN_SD.items():
         if name in problem.free:
-            total = total - jnp.mean(parameters[name]) ** 2 / (2 * MEAN_SHIFT_SD**2)
+            total = total - jnp.mean(parameters[name]) ** 2 / (2 * sd**2)
     return total
 
 
@@ -242,7 +273,8 @@ def _image_terms(parameters: dict, problem: Problem, i: jax.Array):
     series, draw = problem.series, problem.draw
     z = defocus_minus_depth(field, series)[:, i]
     weights, slopes = jax.jvp(lambda z: problem.library.weights(problem.n_atoms, z), (z,), (jnp.ones_like(z),))
-    along_y, along_x = phases(draw, field.positions + field.image_shifts[i])
+    distortion = None if field.image_distortions is None else field.image_distortions[i]
+    along_y, along_x = phases(draw, displaced(field.positions, field.image_shifts[i], distortion, series))
     spot = along_y[:, :, None] * along_x[:, None, :]
     basis = draw.basis * widening(draw, field.source_variance)
     shape = lambda w: jnp.einsum("cr,rab->cab", w.astype(jnp.float32), basis) * spot
@@ -259,6 +291,10 @@ def _image_terms(parameters: dict, problem: Problem, i: jax.Array):
     own = jnp.stack([signal, background.astype(signal.dtype), d_x.sum(0), d_y.sum(0)])
     if field.background_shape is not None:
         own = jnp.concatenate([own, own[1] * smooth_functions(series.shape).reshape(len(SMOOTH), -1)])
+    if distortion is not None:
+        lever = from_middle(field.positions, series).T.astype(d_x.dtype)
+        own = jnp.concatenate([own, lever @ d_x, lever @ d_y])
+    d_x, d_y = by_position(d_x, d_y, distortion)
     by_variance = to_pixels(draw, image.sum(0) * (-2 * jnp.pi**2 * q_squared(draw))).ravel() * gain
     shared = jnp.stack([d_z.sum(0), d_z.sum(0) * defocus, by_variance])
     columns = jnp.concatenate([-d_z, d_x, d_y])
@@ -278,7 +314,7 @@ def _image_sums(parameters: dict, problem: Problem, i: jax.Array):
 def fisher_and_score(parameters: dict, problem: Problem, progress=lambda items, **_: items) -> tuple[np.ndarray, np.ndarray]:
     """Poisson Fisher matrix sum (dn)(dn)^T / n and score sum (N / n - 1) dn, over the free parameters, float64.
 
-    One image at a time: memory is one image's derivatives, 3 columns + 7 rows of pixels (12 with a smooth background). Both over the dispersion.
+    One image at a time: memory is one image's derivatives, 3 columns + 7 rows of pixels (5 more with a smooth background, 4 with distorted scans). Both over the dispersion.
     """
     n_columns, n_foci = len(problem.n_atoms), len(problem.series.defocus)
     blocks = {}
@@ -327,10 +363,10 @@ def prior_precision(problem: Problem) -> np.ndarray:
     """Curvature of the log-prior over the free parameters (P, P), the gauge included."""
     names = parameter_names(problem)
     precision = np.diag(prior_curvature(problem))
-    for name in ("shift_x", "shift_y"):
+    for name, sd in MEAN_SD.items():
         chosen = np.array([i for i, (n, _) in enumerate(names) if n == name], int)
         if len(chosen):
-            precision[np.ix_(chosen, chosen)] += 1 / (len(chosen) * MEAN_SHIFT_SD) ** 2
+            precision[np.ix_(chosen, chosen)] += 1 / (len(chosen) * sd) ** 2
     return precision
 
 
@@ -513,7 +549,8 @@ def _amplitude_sums(parameters: dict, problem: Problem, i: jax.Array):
     field = field_of(parameters, problem.n_atoms)
     draw = problem.draw
     weights = problem.library.weights(problem.n_atoms, defocus_minus_depth(field, problem.series)[:, i])
-    along_y, along_x = phases(draw, field.positions + field.image_shifts[i])
+    distortion = None if field.image_distortions is None else field.image_distortions[i]
+    along_y, along_x = phases(draw, displaced(field.positions, field.image_shifts[i], distortion, problem.series))
     basis = draw.basis * widening(draw, field.source_variance)
     spectra = jnp.einsum("cr,rab->cab", weights.astype(jnp.float32), basis) * (along_y[:, :, None] * along_x[:, None, :])
     scale = counts_per_fraction(problem.series)[i, 0, 0]
@@ -622,12 +659,13 @@ def goodness_of_fit(parameters: dict, problem: Problem, rate: np.ndarray, levera
     half = int(np.ceil(radius / px)) + 1
     near = np.arange(-half, half + 1)
     null = None if variance or pulse != 1 else _null_table(float(rate.max()))
+    in_images = places(parameters, problem.series)
     for i in range(len(rate)):
         own = np.maximum(np.asarray(rate[i], float), DARKEST) / pulse
         counts, used = np.asarray(problem.counts[i], float) / pulse, np.asarray(problem.mask[i])
         excess, var = _pearson(counts, own, variance) if null is None else _deviance(counts, own, null)
         excess = excess if leverage is None else excess + leverage[i]
-        at = np.stack([parameters["x"] + parameters["shift_x"][i], parameters["y"] + parameters["shift_y"][i]], 1)
+        at = in_images[i]
         nearest = np.round(at / px).astype(int)
         x, y = nearest[:, :1] + near, nearest[:, 1:] + near
         inside = ((x * px - at[:, :1])[:, None] ** 2 + (y * px - at[:, 1:])[:, :, None] ** 2) < radius**2

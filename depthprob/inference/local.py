@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from .. import processes
 from ..devices import SPREAD, WHOLE, filled, on_all, spread
-from ..physics.focal_series import FocalSeries, background_images, smooth_functions
+from ..physics.focal_series import FocalSeries, background_images, from_middle, smooth_functions
 from ..physics.library import ColumnLibrary
 from ..physics.windows import BATCH, WindowRenderer, draw_windows, overlap_windows, paint_windows, window_renderer
 from .arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
@@ -26,7 +26,7 @@ from .likelihood import (
     DARKEST,
     GLOBAL,
     LARGEST_STEP,
-    MEAN_SHIFT_SD,
+    MEAN_SD,
     PER_COLUMN,
     PER_IMAGE,
     ROUGH,
@@ -35,12 +35,15 @@ from .likelihood import (
     Estimate,
     Mode,
     Problem,
+    by_position,
+    distortions_of,
     field_of,
     from_vector,
     less_mean,
     log_prior,
     parameter_names,
     per_image,
+    places,
     prior_curvature,
     prior_slope,
     to_vector,
@@ -131,10 +134,11 @@ def _draw_spread(n_atoms, z, offset, source_variance, library, draw, derivatives
 
 
 @partial(jax.jit, static_argnames=("shape", "derivatives", "widening_too"))
-def _paint_spread(n_atoms, z, offset, corners, source_variance, library, draw, shape: tuple[int, int], derivatives: bool, widening_too: bool) -> Float[Array, "device kind y x"]:
-    """Sum of the windows of each device's columns."""
-    own = lambda *arrays: paint_windows(*arrays, shape, derivatives, widening_too)[None]
-    return spread(own, (SPREAD, SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE))(n_atoms, z, offset, corners, source_variance, library, draw)
+def _paint_spread(n_atoms, z, offset, corners, source_variance, library, draw, shape: tuple[int, int], derivatives: bool, widening_too: bool, share=None) -> Float[Array, "device kind y x"]:
+    """Sum of the windows of each device's columns, or of a share (column,) of each."""
+    own = lambda share, *arrays: paint_windows(*arrays, shape, derivatives, widening_too, share)[None]
+    share = (n_atoms > 0).astype(jnp.float32) if share is None else share
+    return spread(own, (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE))(share, n_atoms, z, offset, corners, source_variance, library, draw)
 
 
 @partial(jax.jit, static_argnames=("widening_too",))
@@ -159,8 +163,7 @@ class _Placed(NamedTuple):
 def _place(parameters: dict, problem: Problem, i: int, half: int, pad: int) -> _Placed:
     series = problem.series
     px, shape = series.pixel_size, np.array(series.shape)
-    shift = np.array([parameters["shift_x"][i], parameters["shift_y"][i]])
-    at = np.stack([parameters["x"], parameters["y"]], 1) + shift
+    at = places({name: value[i : i + 1] if name in PER_IMAGE else value for name, value in parameters.items()}, series)[0]
     if series.periodic:
         at = np.mod(at, shape[::-1] * px)
     first = np.floor(at / px).astype(int) - half
@@ -232,10 +235,11 @@ class _Image(NamedTuple):
     rate: np.ndarray
 
 
-def _painted(parameters: dict, problem: Problem, window: Window, placed: _Placed, pad: int, derivatives: bool) -> Float[np.ndarray, "kind y x"]:
-    """Sums of all columns' windows."""
+def _painted(parameters: dict, problem: Problem, window: Window, placed: _Placed, pad: int, derivatives: bool, share: np.ndarray | None = None) -> Float[np.ndarray, "kind y x"]:
+    """Sums of all columns' windows, or of a share (C,) of each."""
     shape = tuple(n + 2 * pad for n in problem.series.shape)
-    canvas = _paint_spread(*_columns_of(parameters, problem, placed), problem.library, window.draw, shape, derivatives, "source_variance" in problem.free)
+    share = None if share is None else jnp.asarray(np.pad(share, (0, len(placed.z) - len(share))), jnp.float32)
+    canvas = _paint_spread(*_columns_of(parameters, problem, placed), problem.library, window.draw, shape, derivatives, "source_variance" in problem.free, share)
     return _fold(np.asarray(canvas).sum(0), pad, problem.series.periodic).astype(float)
 
 
@@ -266,6 +270,14 @@ def _over_columns(parameters: dict, problem: Problem, image: _Image, window: Win
     return sums * image.unit * SIGNS[: sums.shape[1], None]
 
 
+def _by_position(by_place: np.ndarray, parameters: dict, i: int) -> np.ndarray:
+    """Derivatives (C, kind, ...) of image i by each column's z, x and y from those by z and place."""
+    distortions = distortions_of(parameters)
+    if distortions is None or by_place.shape[1] < 3:
+        return by_place
+    return np.stack([by_place[:, 0], *by_position(by_place[:, 1], by_place[:, 2], distortions[i])], 1)
+
+
 def _lever(problem: Problem, i: int) -> float:
     """Change of an image's focus [Å] by the focus step."""
     nominal = np.asarray(problem.series.defocus)
@@ -275,6 +287,12 @@ def _lever(problem: Problem, i: int) -> float:
 def _smooth_shapes(parameters: dict, problem: Problem) -> np.ndarray:
     """Functions of `SMOOTH` (5, ny, nx), or none."""
     return smooth_functions(problem.series.shape) if SMOOTH[0] in parameters else np.empty((0, *problem.series.shape))
+
+
+def _levers(parameters: dict, problem: Problem) -> np.ndarray:
+    """x, y of the columns from the middle of the field (C, 2) [Å], by which distortions move them; (C, 0) where there are none."""
+    positions = np.stack([parameters["x"], parameters["y"]], 1)
+    return from_middle(positions, problem.series)[:, : 2 * (distortions_of(parameters) is not None)]
 
 
 def _precision(rate: np.ndarray, problem: Problem, i: int) -> np.ndarray:
@@ -323,7 +341,7 @@ def evaluate(
     rate = np.zeros((n_foci, *shape), np.float32)
     total = 0.0
     wanted = np.arange(n_foci) if images is None else np.asarray(images)
-    pad, shapes = _widest(windows), _smooth_shapes(parameters, problem)
+    pad, shapes, levers = _widest(windows), _smooth_shapes(parameters, problem), _levers(parameters, problem)
     for window, i in progress(_own_images(windows, wanted), desc="images", unit="image"):
         image = _image(parameters, problem, i, window, pad)
         rate[i] = image.rate
@@ -333,12 +351,13 @@ def evaluate(
             continue
         changes = np.stack([counts - image.rate, *(c[i] for c in directions)]) * _precision(image.rate, problem, i)
         by_column = _over_columns(parameters, problem, image, window, changes, pad)
-        for name, sums in zip(PER_COLUMN, by_column[:, MOVES].swapaxes(0, 1), strict=True):
+        for name, sums in zip(PER_COLUMN, _by_position(by_column[:, MOVES], parameters, i).swapaxes(0, 1), strict=True):
             along[name] += sums
         # what moves all columns alike sums over them
         by_depth, by_x, by_y, *by_variance = by_column[:, 1:].sum(0)
         of_pixels = np.tensordot(np.stack([image.signal, image.dark, *(image.dark * shapes)]), changes, ([1, 2], [1, 2]))
-        for name, row in zip(names, (*of_pixels[:2], by_x, by_y, *of_pixels[2:]), strict=True):
+        by_distortion = np.einsum("ca,ckl->kal", levers, by_column[:, 2:4]).reshape(-1, len(changes))
+        for name, row in zip(names, (*of_pixels[:2], by_x, by_y, *of_pixels[2:], *by_distortion), strict=True):
             along[name][i] = row
         for name, row in zip(GLOBAL, (-by_depth, -by_depth * _lever(problem, i), *by_variance), strict=False):
             along[name] += row
@@ -413,7 +432,7 @@ def column_information(
         total = jnp.zeros((len(members), n_kinds * members.shape[1], n_kinds * members.shape[1]), jnp.float32)
         for i in window.images.tolist():
             placed = _place(sub, small, i, window.half, pad)
-            drawn = on_all(np.asarray(_draw(sub, small, window, placed, kinds == MOVES))[:, kinds])
+            drawn = on_all(_by_position(np.asarray(_draw(sub, small, window, placed, kinds == MOVES))[:, kinds], sub, i))
             weight = np.pad(_unfold(_precision(rate[i].astype(float), problem, i)[None] * (scale[i] * gain[i]) ** 2, pad, periodic)[0], [(0, TILE), (0, TILE)])
             if periodic:  # count each pixel once: only the image itself
                 weight[:pad], weight[pad + ny :], weight[:, :pad], weight[:, pad + nx :] = 0, 0, 0, 0
@@ -458,9 +477,8 @@ def _tiles(parameters: dict, problem: Problem, images: np.ndarray, window: Windo
     ny, nx = problem.series.shape
     px = problem.series.pixel_size
     origins = np.stack(np.meshgrid(np.arange(0, ny, TILE), np.arange(0, nx, TILE), indexing="ij"), -1).reshape(-1, 2)
-    at = np.stack([parameters["y"], parameters["x"]], 1) / px
-    moves = np.stack([np.asarray(parameters["shift_y"])[images], np.asarray(parameters["shift_x"])[images]], 1) / px
-    middle, wander = at + (moves.min(0) + moves.max(0)) / 2, np.ptp(moves, 0) / 2
+    at = places(parameters, problem.series)[images, :, ::-1] / px
+    middle, wander = (at.min(0) + at.max(0)) / 2, np.ptp(at, 0) / 2
     members = []
     for origin in origins:
         away = abs(middle - origin - (TILE - 1) / 2)
@@ -525,16 +543,18 @@ def information(parameters: dict, problem: Problem, rate: np.ndarray, progress: 
     columns = column_information(parameters, problem, rate, windows, progress=progress)
     n_columns, n_foci, names, pad = len(problem.n_atoms), len(problem.series.defocus), per_image(problem), _widest(windows)
     border, corner = np.zeros((3, n_columns, columns.corner.shape[0])), np.zeros_like(columns.corner)
-    shapes = _smooth_shapes(parameters, problem)
+    shapes, levers = _smooth_shapes(parameters, problem), _levers(parameters, problem)
     for window, i in _own_images(windows, range(n_foci)):
         image = _image(parameters, problem, i, window, pad)
         by_z, by_x, by_y, *by_variance = image.unit * _painted(parameters, problem, window, image.placed, pad, True)[1:]
         by_variance = by_variance or [np.zeros_like(by_z)]
-        own = np.stack([image.signal, image.dark, by_x, by_y, *(image.dark * shapes), by_z, by_z * _lever(problem, i), *by_variance])
+        leant = [image.unit * _painted(parameters, problem, window, image.placed, pad, True, lever)[2:4] for lever in levers.T]
+        by_distortion = [of_lever[k] for k in range(2) for of_lever in leant]
+        own = np.stack([image.signal, image.dark, by_x, by_y, *(image.dark * shapes), *by_distortion, by_z, by_z * _lever(problem, i), *by_variance])
         weighted = own * _precision(rate[i].astype(float), problem, i)
         at = [j * n_foci + i for j in range(len(names))] + [len(names) * n_foci + j for j in range(len(GLOBAL))]
         corner[np.ix_(at, at)] += np.tensordot(weighted, own, ([1, 2], [1, 2]))
-        border[:, :, at] += _over_columns(parameters, problem, image, window, weighted, pad)[:, MOVES].swapaxes(0, 1)
+        border[:, :, at] += _by_position(_over_columns(parameters, problem, image, window, weighted, pad)[:, MOVES], parameters, i).swapaxes(0, 1)
     border, corner = processes.total((border, corner))
     return columns._replace(border=border.reshape(3 * n_columns, -1)[columns.order], corner=corner)
 
@@ -562,14 +582,14 @@ def select(matrix: ArrowMatrix, problem: Problem) -> ArrowMatrix:
 
 
 def gauge(problem: Problem) -> np.ndarray:
-    """Precision (k, k) over the free nuisances that holds the mean image shift at zero."""
+    """Precision (k, k) over the free nuisances that holds the mean image shift at zero, and the mean distortion."""
     n_foci = len(problem.series.defocus)
     names = [name for name in PER_IMAGE if name in problem.free]
     k = len(names) * n_foci + sum(name in problem.free for name in GLOBAL)
     precision = np.zeros((k, k))
     for j, name in enumerate(names):
-        if name.startswith("shift"):
-            precision[j * n_foci : (j + 1) * n_foci, j * n_foci : (j + 1) * n_foci] = 1 / (n_foci * MEAN_SHIFT_SD) ** 2
+        if name in MEAN_SD:
+            precision[j * n_foci : (j + 1) * n_foci, j * n_foci : (j + 1) * n_foci] = 1 / (n_foci * MEAN_SD[name]) ** 2
     return precision
 
 

@@ -22,7 +22,7 @@ from ..physics.focal_series import expected_counts
 from ..storage import HDF5_OVERHEAD, atomic_write
 from . import density, local
 from .arrow import ArrowFactor
-from .likelihood import GLOBAL, PER_COLUMN, SMOOTH, Estimate, Problem, field_of, from_vector, image_log_likelihoods, maximum, to_vector
+from .likelihood import AFFINE, GLOBAL, PER_COLUMN, SMOOTH, Estimate, Problem, field_of, from_vector, image_log_likelihoods, maximum, to_vector
 from .sampling import WARMUP, Whitened, best_normal, nuts
 
 LARGE = 200  # columns beyond which fields are fitted window by window
@@ -114,7 +114,7 @@ def infer(
     return Posterior(estimate, draws, statistics, {"method": method, "seconds": seconds, "iterations": estimate.iterations, "converged": estimate.converged} | extra)
 
 
-UNITS = {"depth": "angstrom", "x": "angstrom", "y": "angstrom", "gain": "1", "background": "fraction of the beam", "shift_x": "angstrom", "shift_y": "angstrom", "focus_offset": "angstrom", "focus_step": "1", "source_variance": "angstrom^2"} | dict.fromkeys(SMOOTH, "1")
+UNITS = {"depth": "angstrom", "x": "angstrom", "y": "angstrom", "gain": "1", "background": "fraction of the beam", "shift_x": "angstrom", "shift_y": "angstrom", "focus_offset": "angstrom", "focus_step": "1", "source_variance": "angstrom^2"} | dict.fromkeys((*SMOOTH, *AFFINE), "1")
 
 
 def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):

@@ -63,6 +63,8 @@ class Field(eqx.Module):
         Variance of the source image along one axis minus that of the library [Å^2]; negative for a smaller source.
     background_shape : (focus, 5), optional
         Coefficients of `smooth_functions` in the logarithm of each image's background; absent, it is constant.
+    image_distortions : (focus, 2, 2), optional
+        Affine distortion of the scan in each image: a column stands E (r - m) farther aside, m the middle of the field, rows of E for x and y.
     """
 
     positions: Float[Array, "column 2"]
@@ -75,6 +77,7 @@ class Field(eqx.Module):
     focus_step: Float[Array, ""] | float = 1.0
     source_variance: Float[Array, ""] | float = 0.0
     background_shape: Float[Array, "focus 5"] | None = None
+    image_distortions: Float[Array, "focus 2 2"] | None = None
 
 
 class Renderer(NamedTuple):
@@ -153,17 +156,43 @@ def defocus_minus_depth(field: Field, series: FocalSeries) -> Float[Array, "colu
     return defocus[None] - field.depths[:, None]
 
 
+def displaced(positions: Array, shifts: Array, distortions: Array | None, series: FocalSeries) -> Array:
+    """x, y of columns (C, 2) in images with shifts (..., 2) and, optionally, distortions (..., 2, 2): (..., C, 2) [Å]. NumPy or JAX.
+
+    An object that moves while it is scanned, by d during a frame of height h, stands displaced by d y / h: a shear along x, a stretch along y. Spots keep
+    their shape, which an affine scan would distort as well: by a hundredth of their width where it is one of the field's.
+    """
+    places = positions + shifts[..., None, :]
+    if distortions is None:
+        return places
+    return places + from_middle(positions, series) @ distortions.swapaxes(-1, -2)
+
+
+def from_middle(positions: Array, series: FocalSeries) -> Array:
+    """x, y (C, 2) from the middle of the field [Å]."""
+    return positions - (np.array(series.shape[::-1]) - 1) * series.pixel_size / 2
+
+
 def column_signal(field: Field, library: ColumnLibrary, series: FocalSeries, draw: Renderer) -> Float[Array, "focus y x"]:
     """Fraction of the beam scattered by the columns, float32, without gain and background."""
     weights = library.weights(field.n_atoms, defocus_minus_depth(field, series)).astype(jnp.float32)
-    along_y, along_x = phases(draw, field.positions)
+    if field.image_distortions is not None:
+        places = displaced(field.positions, field.image_shifts, field.image_distortions, series)
+        spectra = jax.lax.map(jax.checkpoint(lambda at: _spectra(*at, draw)[0]), (weights.swapaxes(0, 1)[:, :, None], places))
+        return to_pixels(draw, spectra * widening(draw, field.source_variance))
+    spectra = _spectra(weights, field.positions, draw) * widening(draw, field.source_variance)
+    shift_y, shift_x = phases(draw, field.image_shifts)
+    return to_pixels(draw, spectra * shift_y[:, :, None] * shift_x[:, None, :])
+
+
+def _spectra(weights: Float[Array, "column focus R"], positions: Float[Array, "column 2"], draw: Renderer) -> Array:
+    """Fourier coefficients (focus, qy, qx) of columns at the same places in every image."""
+    along_y, along_x = phases(draw, positions)
     spots = (along_y[:, :, None] * along_x[:, None, :]).reshape(len(along_y), -1)
     n_columns, n_foci, rank = weights.shape
     flat = weights.reshape(n_columns, -1).T  # (focus * R, column), real: two real products, not a complex one
     sums = ((flat @ spots.real) + 1j * (flat @ spots.imag)).reshape(n_foci, rank, *draw.basis.shape[1:])
-    spectra = jnp.einsum("frab,rab->fab", sums, draw.basis) * widening(draw, field.source_variance)
-    shift_y, shift_x = phases(draw, field.image_shifts)
-    return to_pixels(draw, spectra * shift_y[:, :, None] * shift_x[:, None, :])
+    return jnp.einsum("frab,rab->fab", sums, draw.basis)
 
 
 def smooth_functions(shape: tuple[int, int]) -> np.ndarray:

@@ -105,8 +105,9 @@ def paint_windows(
     shape: tuple[int, int],
     derivatives: bool,
     widening_too: bool = True,
+    share: Float[Array, " column"] | None = None,
 ) -> Float[Array, "kind y x"]:
-    """Sum of all columns' windows, each at its corner (y, x) on a canvas of that shape; no windows of columns of no atoms.
+    """Sum of all columns' windows, each at its corner (y, x) on a canvas of that shape, or of a `share` of each; no windows of columns of no atoms.
 
     `BATCH` columns at a time, a multiple of which there must be: they stay in the processor's cache.
     """
@@ -120,11 +121,11 @@ def paint_windows(
         return jax.lax.dynamic_update_slice(canvas, seen + window, start), None
 
     def add_batch(canvas, batch):
-        n, z, offset, corners = batch
-        windows = one((jnp.maximum(n, 1), z, offset)) * (n > 0)[:, None, None, None]
+        n, z, offset, corners, share = batch
+        windows = one((jnp.maximum(n, 1), z, offset)) * share[:, None, None, None]
         return jax.lax.scan(add, canvas, (windows, corners))
 
-    batches = jax.tree.map(lambda a: a.reshape(-1, BATCH, *a.shape[1:]), (n_atoms, z, offset, corners))
+    batches = jax.tree.map(lambda a: a.reshape(-1, BATCH, *a.shape[1:]), (n_atoms, z, offset, corners, (n_atoms > 0) * (1.0 if share is None else share)))
     return jax.lax.scan(add_batch, jnp.zeros((kinds, *shape), jnp.float32), batches)[0]
 
 

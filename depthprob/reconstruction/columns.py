@@ -69,16 +69,20 @@ def find_columns(image: np.ndarray, pixel_size: float, periodic: bool = False, s
     tall = floor + (heights[np.searchsorted(weight, weight[-1] / 2)] if len(heights) else 0.0)
     peaks &= (rise > significance * (tall - floor) * 0.4) & (soft - floor > significance * (tall - floor))
     iy, ix = np.nonzero(peaks)
-    ny, nx = image.shape
     if not periodic:
+        ny, nx = image.shape
         edge = 0.5 / pixel_size
         inside = (ix >= edge) & (ix <= nx - 1 - edge) & (iy >= edge) & (iy <= ny - 1 - edge)
         iy, ix = iy[inside], ix[inside]
-    # parabola through the neighbours along each axis
-    take = lambda dy, dx: soft[(iy + dy) % ny, (ix + dx) % nx]
+    return (np.stack([ix, iy], 1) + peak_offsets(soft, iy, ix)) * pixel_size
+
+
+def peak_offsets(image: np.ndarray, iy: np.ndarray, ix: np.ndarray) -> np.ndarray:
+    """x, y (C, 2) [pixels] of maxima from their highest pixels, by the parabola through the neighbours along each axis."""
+    ny, nx = image.shape
+    take = lambda dy, dx: image[(iy + dy) % ny, (ix + dx) % nx]
     refine = lambda low, high: np.clip((low - high) / (2 * (low - 2 * take(0, 0) + high) - 1e-12), -0.5, 0.5)
-    x, y = ix + refine(take(0, -1), take(0, 1)), iy + refine(take(-1, 0), take(1, 0))
-    return np.stack([x, y], 1) * pixel_size
+    return np.stack([refine(take(0, -1), take(0, 1)), refine(take(-1, 0), take(1, 0))], 1)
 
 
 def fit_columns(

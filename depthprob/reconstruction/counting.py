@@ -1,4 +1,8 @@
-"""Atoms per column from scattering cross-sections: by a simulated library, by a Gaussian mixture with ICL, and by the hybrid of both."""
+"""Atoms per column from scattering cross-sections: by a simulated library, by a Gaussian mixture with ICL, and by the hybrid of both.
+
+Hidden Markov models (De wael et al., Ultramicroscopy 219, 113131 (2020)) count in time series whose columns gain and lose atoms from image to image. A focal
+series is of one structure: its images have their counts in common, which the joint likelihood takes them for, and there is no chain to follow.
+"""
 
 from typing import NamedTuple
 

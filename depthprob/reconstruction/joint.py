@@ -16,10 +16,11 @@ from ..config import Config
 from ..inference import likelihood, local
 from ..inference.counts import marginal_draws, mean_square_shift
 from ..inference.gaussian_peak import PeakFit
-from ..inference.likelihood import DARKEST, PER_COLUMN, Amplitudes, Estimate, Problem, field_of, make_problem
+from ..inference.likelihood import AFFINE, DARKEST, PER_COLUMN, Amplitudes, Estimate, Problem, field_of, make_problem
 from ..inference.posterior import LARGE, Posterior
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
+from .columns import peak_offsets
 from .counting import Counts, count_by_library
 from .drift import shift_images
 from .libraries import read_variance_of
@@ -32,7 +33,7 @@ SCALE_SD = 0.05  # of a factor common to all cross-sections
 NINETY = 1.6449  # standard deviations that hold 90 % of a normal distribution
 PRIOR_OF = {  # parameters behind the config's words
     "depth_A": ("depth",), "position_A": ("x", "y"), "gain": ("log_gain",), "background": ("log_background",), "image_shift_A": ("shift_x", "shift_y"),
-    "focus_offset_A": ("focus_offset",), "focus_step": ("focus_step",), "source_variance_A2": ("source_variance",),
+    "focus_offset_A": ("focus_offset",), "focus_step": ("focus_step",), "source_variance_A2": ("source_variance",), "image_distortion": AFFINE,
     "focal_variance_A2": ("focal_spread",), "debye_waller_B_A2": ("debye_waller_B",),  # of bounds alone
 }  # fmt: skip
 
@@ -185,7 +186,7 @@ def hidden_columns(parameters: dict, problem: Problem, rate: np.ndarray) -> np.n
     sd = np.sqrt(correlate(noise, atom**2, mode=mode)) / (atom**2).sum()
     peak = (amplitude == maximum_filter(amplitude, footprint=disc, mode=mode)) & (amplitude > 0.5) & (amplitude > 6 * sd)
     y, x = np.nonzero(peak)
-    found = np.stack([x, y], 1) * px
+    found = (np.stack([x, y], 1) + peak_offsets(amplitude, y, x)) * px
     size = np.array([nx, ny]) * px
     tree = cKDTree(np.mod(at, size), boxsize=size) if series.periodic else cKDTree(at)
     spacing = np.median(tree.query(tree.data, 2)[0][:, 1])

@@ -201,6 +201,44 @@ def index_columns(positions: np.ndarray, geometry: CrystalColumns, tolerance: fl
     return best[1:]
 
 
+class Stretch(NamedTuple):
+    """How the lattice on an image differs from the crystal's.
+
+    Attributes
+    ----------
+    most, least : float
+        Its length over the crystal's along the direction of largest, and across it of smallest, stretch.
+    direction : float
+        Of the largest, from x towards y [degrees].
+    sd : float
+        Of either, from how far columns stand off their places.
+    """
+
+    most: float
+    least: float
+    direction: float
+    sd: float
+
+
+def lattice_stretch(positions: np.ndarray, geometry: CrystalColumns) -> Stretch | None:
+    """Of columns (C, 2) [Å], by the lattice fitted to those that stand on it; None for fewer than six, or a row.
+
+    Rows r of the crystal's frame appear at r M + origin; the singular values of M are its principal stretches, whatever the rotation.
+    """
+    place, basis, origin = index_columns(positions, geometry)
+    on = np.linalg.norm(positions - place @ basis - origin, axis=1) < 0.3 * nearest_neighbours(geometry)
+    design = np.column_stack([place, np.ones(len(place))])[on]
+    if on.sum() < 6 or np.linalg.matrix_rank(design) < 3:
+        return None
+    fitted = np.linalg.lstsq(design, positions[on], rcond=None)[0]
+    variance = np.sum((positions[on] - design @ fitted) ** 2) / (2 * on.sum() - 6)
+    to_lengths = np.linalg.inv(geometry.basis)
+    _, stretch, directions = np.linalg.svd(to_lengths @ fitted[:2])
+    covariance = to_lengths @ np.linalg.inv(design.T @ design)[:2, :2] @ to_lengths.T * variance
+    angle = np.degrees(np.arctan2(directions[0, 1], directions[0, 0])) % 180
+    return Stretch(float(stretch[0]), float(stretch[1]), float(angle), float(np.sqrt(np.linalg.eigvalsh(covariance)[-1])))
+
+
 def nearest_places(parts: np.ndarray, sites: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Nearest sites (C, 2) to points in parts of the basis vectors, and which site of the cell each is (C,)."""
     candidates = np.rint(parts[:, None] - sites) + sites
@@ -257,15 +295,15 @@ def snap(
     place, basis, origin = index_columns(positions, geometry)
     off = np.linalg.norm(positions - place @ basis - origin, axis=1) > 0.3 * nearest_neighbours(geometry)
     sd = np.hypot(depth_sd, model_sd)
-    usable = ~off & np.isfinite(depths)
+    usable, known = ~off & np.isfinite(depths), np.nan_to_num(depths)
     grid = np.linspace(0, spacing, 256, endpoint=False)
     k = np.arange(-3, 4)
 
     def evaluate(heights):
         phase = heights + (n_atoms - 1) / 2 * spacing
-        nearest = np.rint((depths[:, None] - phase[:, None] - grid) / spacing)
+        nearest = np.rint((known[:, None] - phase[:, None] - grid) / spacing)
         sites = phase[:, None, None] + grid[:, None] + (nearest[..., None] + k) * spacing
-        log_p = -0.5 * ((depths[:, None, None] - sites) / sd[:, None, None]) ** 2
+        log_p = -0.5 * ((known[:, None, None] - sites) / sd[:, None, None]) ** 2
         return sites, log_p, np.where(usable, logsumexp(log_p, axis=2).T, 0.0).sum(1)
 
     choices = []
@@ -286,7 +324,7 @@ def snap(
     phase = heights + (n_atoms - 1) / 2 * spacing + offset
     number = np.rint((sites - phase[:, None, None]) / spacing).astype(int)
     p = np.exp(log_p - logsumexp(log_p, axis=2, keepdims=True)) * weight[:, None]
-    base = np.rint((np.nan_to_num(depths) - phase) / spacing).astype(int)
+    base = np.rint((known - phase) / spacing).astype(int)
     planes = base[:, None] + np.arange(-4, 5)
     probability = np.stack([(p * (number == planes[:, j, None, None])).sum((1, 2)) for j in range(planes.shape[1])], 1)
     ranked = np.argsort(-probability, 1)

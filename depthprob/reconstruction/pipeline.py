@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..inference import held, likelihood, local
 from ..inference.counts import depth_shifts
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
-from ..inference.likelihood import goodness_of_fit
+from ..inference.likelihood import AFFINE, goodness_of_fit
 from ..inference.posterior import LARGE, infer, to_arviz
 from ..inference.sampling import gradients
 from ..io import Stack, read_drift_csv
@@ -28,8 +28,9 @@ from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .joint import SCALE_SD, column_depths, fit_jointly, forecast, pose, starting_depths
-from .lattice import snap
+from .lattice import lattice_stretch, snap
 from .libraries import atoms_needed, column_geometry, crystal_of, library_for, neighbouring_libraries, read_variance_of
+from .scan import scan_residuals
 from .surface import ColumnEnds, Surface, column_ends, count_variance, find_surface
 
 GAUGE = "absolute: z = 0 is the plane in focus at defocus 0 (the focus offset is held at zero)"
@@ -86,6 +87,8 @@ class Reconstruction:
     fixed: list
     data: object = None
     truth: object = None
+    distortion: np.ndarray | None = None
+    distortion_sd: np.ndarray | None = None
 
 
 class Stages:
@@ -252,6 +255,7 @@ def reconstruct(
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}
     positions = np.stack([parameters["x"], parameters["y"]], 1)
     shifts = np.stack([parameters["shift_x"], parameters["shift_y"]], 1)
+    displacements = likelihood.places(parameters, series) - positions
 
     stages("other counts")
     if len(positions) > len(found):  # the fit's residuals showed more
@@ -261,7 +265,7 @@ def reconstruct(
     hybrid = count_by_hybrid(columns.volume, reference, float(dose[chosen].sum()))
 
     stages("Gaussian peaks")
-    baseline = fit_gaussian_peaks(fraction, positions, n_atoms, library, series, shifts)
+    baseline = fit_gaussian_peaks(fraction, positions, n_atoms, library, series, displacements)
 
     stages(f"posterior ({method})")
     relative = "focus_offset" in config.inference.free
@@ -294,6 +298,8 @@ def reconstruct(
     warnings = [
         *quality.doubts_of_counts(stack.data, dose, pixel, columns.width, read_variance_of(config)),
         *quality.doubts_of_images(likelihood.image_dispersions(problem, rate), parameters["log_gain"], defocus, config),
+        *quality.doubts_of_scan(scan_residuals(np.asarray(problem.counts), rate, np.asarray(problem.mask), pixel, read_variance_of(config), float(problem.dispersion)), series.shape, pixel),
+        *quality.doubts_of_lattice(lattice_stretch(positions - np.outer(depths.mean, lean), geometry), geometry.spacing),
         *quality.doubts_of_field(positions, shifts, series.shape, pixel, periodic),
         *quality.doubts_of_depths(parameters["depth"], defocus),
         *quality.doubts_of_thickness(n_atoms, positions, geometry.spacing, config.microscope.convergence_angle_mrad, owed),
@@ -302,7 +308,7 @@ def reconstruct(
         *quality.doubts_of_fit(joint, fit_quality, spread, config),
     ]
     expected = (rate + owed.change) / (dose * pixel**2)[:, None, None]
-    joint_series = disc_averages(expected, positions, shifts, pixel, disc_radius(positions), periodic)
+    joint_series = disc_averages(expected, positions, displacements, pixel, disc_radius(positions), periodic)
     drift_px = shifts / pixel
     stages(None)
     return Reconstruction(
@@ -352,6 +358,8 @@ def reconstruct(
         fixed=[w for w in NUISANCES if w not in config.inference.free],
         data=to_arviz(result, problem, relative),
         truth=truth,
+        distortion=likelihood.distortions_of(parameters),
+        distortion_sd=np.stack([estimate.sd(name) for name in AFFINE], 1).reshape(-1, 2, 2) if AFFINE[0] in problem.free else None,
     )
 
 

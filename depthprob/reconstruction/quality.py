@@ -10,7 +10,9 @@ from ..inference.likelihood import Dispersion
 from ..physics.electron import wavelength
 from ..physics.optics import edge_phase
 from .joint import JointFit
+from .lattice import Stretch
 from .libraries import UNROUND, microscope_of
+from .scan import ScanResiduals
 from .superposition import Owed, is_thick
 
 FALSE_ALARM = 1e-6  # chance that a test of the counts calls a sound series in question
@@ -20,6 +22,8 @@ WORTH_SAYING = 0.5  # Å of correction
 HELD = "beam energy, convergence angle, aberrations, detector angles, Debye-Waller factor, source size, foci"
 LEAST_PHASE = 0.3  # rad
 LEAST_LEAN = 0.1  # Å that the ends of a column lie aside of its middle, about as far as atoms vibrate
+LEAST_STRETCH = 0.01  # of the lattice; particles are strained by less as a whole
+LEAST_MOVE = 0.03  # Å, of columns by a distorted scan
 LEAST_EXPLAINED = 0.5  # of the misfit, by a setting that passes for its cause
 
 
@@ -117,6 +121,33 @@ def doubts_of_images(each: Dispersion, log_gain: np.ndarray, defocus: np.ndarray
     faint = np.flatnonzero((brightness < 0.5) | (brightness > 2))
     if len(faint):
         found.append(f"Columns in {_listed(faint, 'image')} are {brightness[faint[0]]:.2f} times as bright as in the others: no particle there, a blanked beam, or another dose.")
+    return found
+
+
+def doubts_of_scan(scan: ScanResiduals, shape: tuple[int, int], pixel_size: float) -> list[str]:
+    """Warnings of a scan that distorts images of `shape` pixels (y, x) of `pixel_size` [Å] against each other, or displaces their lines."""
+    found, half = [], max(shape) * pixel_size / 2
+    along, other = np.argmax(scan.lines), np.argmin(scan.lines)
+    jitter = float(scan.lines[along])
+    jitters = jitter**2 > 5 * scan.lines_noise[along] ** 2 and jitter > 2 * scan.lines[other] and jitter > LEAST_MOVE
+    # lines that jitter by s shear an image of m by s sqrt(12 / m) / height, and a particle smaller than it by more
+    of_lines = 3 * jitters * jitter * (12 / shape[along]) ** 0.5 / (shape[along] * pixel_size)
+    if scan.distortion**2 > 5 * scan.distortion_noise**2 and scan.distortion > of_lines and scan.distortion * half > LEAST_MOVE:
+        found.append(f"Images are stretched and sheared against each other by {100 * scan.distortion:.2f} % (root mean square), which moves columns at the edges of the field by {scan.distortion * half:.2f} Å: drift while they were scanned. Add \"image_distortions\" to inference.free.")
+    if jitters:
+        found.append(f"Lines along {'xy'[along]} are displaced against each other by {jitter:.2f} Å (root mean square; across them {scan.lines[other]:.2f} Å): the scan jitters. No model here follows it: it widens columns along {'xy'[along]} and makes error bars too small.")
+    return found
+
+
+def doubts_of_lattice(stretch: Stretch | None, spacing: float) -> list[str]:
+    """A warning of a lattice on the images that is not the crystal's: of another size, or stretched."""
+    if stretch is None:
+        return []
+    size, uneven, found = (stretch.most * stretch.least) ** 0.5, stretch.most / stretch.least, []
+    if abs(size - 1) > max(LEAST_STRETCH, 5 * stretch.sd):
+        found.append(f"The columns' lattice is {size:.3f} ± {stretch.sd:.3f} times as large as the crystal's: pixel_size_A or lattice_constant_A is wrong, and depths of atoms, {spacing:.2f} Å apart here, with the latter.")
+    if uneven - 1 > max(LEAST_STRETCH, 5 * stretch.sd):
+        found.append(f"The columns' lattice is {uneven:.3f} ± {stretch.sd:.3f} times longer at {stretch.direction:.0f}° from x towards y than across, against the crystal's: a scan that distorts all images alike, or strain. Depths are as they are, but x and y of columns and atoms hold it.")
     return found
 
 

@@ -16,6 +16,8 @@ COPLANAR = 0.25  # atoms of one plane are this close to it; half the distance of
 TOUCHING = 1.7  # atoms of one facet that are next to each other; the diagonal of {100} is 1.41, the third shell 1.73
 STEEP = 0.2  # cosine to the beam below which a facet is seen from the side alone
 LEAST = 4  # atoms that make a facet
+HIGHEST = 3  # index of a facet
+ROWS = 3  # of atoms, along each vector of its mesh, that make a facet of higher index than one: two are the edges of a terrace or of two other facets
 
 
 class ColumnEnds(NamedTuple):
@@ -40,7 +42,7 @@ class ColumnEnds(NamedTuple):
 
 
 class Facet(NamedTuple):
-    """A low-index plane of atoms at the top or the bottom of the particle.
+    """A plane of atoms of indices up to `HIGHEST` at the top or the bottom of the particle.
 
     Attributes
     ----------
@@ -173,12 +175,15 @@ def find_surface(
     pairs = cKDTree(atoms).query_pairs(reach, output_type="ndarray")
     facets: list[Facet] = []
     if len(pairs) > 2 * LEAST:
-        turn = orientation(atoms[pairs[:, 1]] - atoms[pairs[:, 0]], shell, np.asarray(zone_axis, float) @ crystal.axes)
+        bonds, steps = atoms[pairs[:, 1]] - atoms[pairs[:, 0]], short_vectors(crystal)
+        turn = orientation(bonds, shell, np.asarray(zone_axis, float) @ crystal.axes)
         reciprocal = np.linalg.inv(crystal.axes).T
-        for hkl in product((-1, 0, 1), repeat=3):
+        for hkl in product(range(-HIGHEST, HIGHEST + 1), repeat=3):
             normal = turn @ (np.array(hkl) @ reciprocal)
-            if any(hkl) and abs(normal[2]) > STEEP * np.linalg.norm(normal):
-                facets += _facets(atoms, column_of_atom, pairs, ends, positions, hkl, normal / np.linalg.norm(normal), float(np.linalg.norm(shell[0])))
+            if np.gcd.reduce(hkl) == 1 and abs(normal[2]) > STEEP * np.linalg.norm(normal):
+                mesh, neighbour = plane_mesh(crystal, hkl, steps) @ turn.T, float(np.linalg.norm(shell[0]))
+                spacing = abs(np.linalg.det(crystal.lattice)) / np.linalg.norm(np.cross(*mesh))
+                facets += _facets(atoms, column_of_atom, pairs, bonds, ends, positions, hkl, normal / np.linalg.norm(normal), mesh, spacing, neighbour)
     return Surface(
         coordination_numbers(atoms, reach),
         len(shell),
@@ -189,18 +194,34 @@ def find_surface(
     )
 
 
-def _facets(atoms, column_of_atom, pairs, ends, positions, hkl, normal, neighbour) -> list[Facet]:
-    """Facets towards `normal`: ends of columns that touch one another in one plane, with no neighbour of theirs above it."""
+def short_vectors(crystal: UnitCell) -> np.ndarray:
+    """Vectors (V, 3) of the lattice, shortest first, that hold the mesh of every plane of indices up to `HIGHEST` [Å]."""
+    steps = np.array(list(product(range(-2 * HIGHEST, 2 * HIGHEST + 1), repeat=3))) @ crystal.lattice
+    return steps[np.argsort(np.linalg.norm(steps, axis=1).round(6), kind="stable")][1:]
+
+
+def plane_mesh(crystal: UnitCell, hkl: tuple[int, int, int], vectors: np.ndarray) -> np.ndarray:
+    """Two shortest vectors (2, 3) of the lattice within its plane (hkl), of those given (`short_vectors`) [Å]."""
+    steps = vectors[abs(vectors @ (np.linalg.inv(crystal.axes) @ np.array(hkl))) < SAME]
+    return np.stack([steps[0], steps[np.argmax(np.linalg.norm(np.cross(steps[0], steps), axis=1) > SAME)]])
+
+
+def _facets(atoms, column_of_atom, pairs, bonds, ends, positions, hkl, normal, mesh, spacing, neighbour) -> list[Facet]:
+    """Facets towards `normal`: ends of columns that touch one another in one plane of this mesh (2, 3), `spacing` above the next, with no neighbour of theirs above it."""
+    coplanar = min(COPLANAR * neighbour, spacing / 2)
+    touching = max(TOUCHING * neighbour, 1.05 * np.linalg.norm(mesh[1]))
     is_top = bool(normal[2] < 0)
-    lift = (atoms[pairs[:, 1]] - atoms[pairs[:, 0]]) @ normal / neighbour
+    lift = bonds @ normal
     covered = np.zeros(len(atoms), bool)
-    covered[pairs[lift > COPLANAR, 0]] = True
-    covered[pairs[lift < -COPLANAR, 1]] = True
+    covered[pairs[lift > coplanar, 0]] = True
+    covered[pairs[lift < -coplanar, 1]] = True
     change = np.flatnonzero(np.diff(column_of_atom))
     outer = np.concatenate([[0], change + 1]) if is_top else np.append(change, len(atoms) - 1)
     outer = outer[~covered[outer]]
-    near = cKDTree(atoms[outer]).query_pairs(TOUCHING * neighbour, output_type="ndarray")
-    near = near[abs((atoms[outer[near[:, 1]]] - atoms[outer[near[:, 0]]]) @ normal) < COPLANAR * neighbour]
+    if len(outer) < LEAST:
+        return []
+    near = cKDTree(atoms[outer]).query_pairs(touching, output_type="ndarray")
+    near = near[abs((atoms[outer[near[:, 1]]] - atoms[outer[near[:, 0]]]) @ normal) < coplanar]
     graph = coo_matrix((np.ones(len(near)), near.T), shape=(len(outer), len(outer)))
     label = connected_components(graph, directed=False)[1]
     along = np.linalg.svd(normal[None])[2][1:]
@@ -210,6 +231,10 @@ def _facets(atoms, column_of_atom, pairs, ends, positions, hkl, normal, neighbou
         flat = (atoms[own] - atoms[own].mean(0)) @ along.T
         if np.linalg.svd(flat, compute_uv=False)[1] < 0.5 * neighbour:  # a row
             continue
+        if max(map(abs, hkl)) > 1:
+            i, j = np.rint(np.linalg.lstsq(mesh.T, (atoms[own] - atoms[own[0]]).T, rcond=None)[0]).astype(int)
+            if min(len(np.unique(row)) for row in (i, j, i + j, i - j)) < ROWS:
+                continue
         columns = column_of_atom[own]
         z, sd = (ends.top, ends.top_sd) if is_top else (ends.bottom, ends.bottom_sd)
         fitted, normal_sd = fit_plane(positions[columns], z[columns], sd[columns])
