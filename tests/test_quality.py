@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from depthprob.config import Config
+from depthprob.inference.held import Asked
 from depthprob.inference.likelihood import Amplitudes, Dispersion
 from depthprob.reconstruction import quality
 from depthprob.reconstruction.joint import JointFit
@@ -170,3 +171,19 @@ def fitted(n_atoms=(3, 12), amplitude=(1.0, 1.0), sd=(0.02, 0.02)):
 def test_a_fit_that_its_own_numbers_contradict_is_doubted(options, spread, said):
     found = quality.doubts_of_fit(fitted(**options), np.zeros(2), Dispersion(spread, 0.004), Config())
     assert (found == []) if said is None else (len(found) == 1 and said in found[0])
+
+
+@pytest.mark.parametrize(
+    ("tilt", "sd", "moves", "said"),
+    [
+        (8.6, 0.3, 2.0, r"^The residuals ask for a crystal tilted by 8\.6 ± 0\.3 mrad along x and -0\.4 ± 0\.3 along y where none is given \(29 standard .* up to 2\.0 Å\)\.$"),
+        (12.9, 0.3, 2.6, r"-0\.4 ± 0\.3 along y \(and more: .* understates a tilt so large, and what it does to depths\) where none"),
+        (3.5, 0.3, 0.1, None),  # depths would stay, and the ends of the columns lie 0.06 Å aside
+        (1.4, 0.3, 0.3, None),  # within five standard deviations
+    ],
+)
+def test_a_tilt_is_said_where_it_matters_and_understated_where_it_is_large(tilt, sd, moves, said):
+    depths = np.array([moves, -moves / 2])
+    tested = {"tilt_a": Asked(tilt, sd, depths), "tilt_b": Asked(-0.4, sd, 0 * depths)}
+    found = quality.doubts_of_settings(tested, Config(), 0.57, 36.72)
+    assert (found == []) if said is None else (len(found) == 1 and re.search(said, found[0]))
