@@ -52,6 +52,8 @@ class Case:
         Across, on either side [Å].
     slope : (2,)
         Of its middle.
+    off : (2,)
+        Of its middle from a column [Å].
     """
 
     specimen: dict
@@ -60,6 +62,7 @@ class Case:
     configurations: int
     vacuum: float = 3.0
     slope: tuple[float, float] = (0.8, -0.5)
+    off: tuple[float, float] = (0.4, 0.3)
     microscope: dict = dataclasses.field(default_factory=dict)
     detector: dict = dataclasses.field(default_factory=dict)
     pixel: float = 0.3
@@ -94,7 +97,7 @@ def atoms_of(case: Case) -> np.ndarray:
     block = CRYSTALS[specimen.structure](directions=directions, symbol=specimen.element, latticeconstant=specimen.lattice_constant_A)
     repeats = [int(2 * reach / side) + 3 for reach, side in zip((case.radius, case.radius, case.thickness), block.cell.lengths(), strict=True)]
     atoms = block.repeat(repeats).positions
-    centre = np.median(atoms, 0) + np.array([0.4, 0.3, 0.0])
+    centre = np.median(atoms, 0) + np.array([*case.off, 0.0])
     x, y, z = (atoms - centre).T
     tilted = z - case.slope[0] * x - case.slope[1] * y
     share = 1 - (x**2 + y**2) / (1.05 * case.radius) ** 2
@@ -107,6 +110,17 @@ def atoms_of(case: Case) -> np.ndarray:
     return inside[~single] + middle
 
 
+def gram_of(case: Case, checkpoint: Path, tilt: tuple[float, float] = (0.0, 0.0)) -> tuple[np.ndarray, np.ndarray]:
+    """Gram matrices of two halves of the configurations (2, K, K) and their waves, by full multislice of the whole particle, its crystal tilted [mrad] whatever the config says."""
+    config = case.config(case.pixel)
+    lens, detector = microscope_of(config), detector_of(config)
+    sampling = default_sampling(lens.energy, detector.outermost, lens.convergence_angle)
+    return simulate_particle(
+        atoms_of(case), config.specimen.element, config.specimen.debye_waller_b, (case.side, case.side), lens, detector, case.configurations, 0, sampling,
+        checkpoint=checkpoint, progress=tqdm, tilt=tilt,
+    )  # fmt: skip
+
+
 def simulate(case: Case, name: str, folder: Path) -> Path:
     """Write FOLDER/NAME.npz."""
     path, pixels = folder / f"{name}.npz", round(case.side / case.pixel)
@@ -114,11 +128,8 @@ def simulate(case: Case, name: str, folder: Path) -> Path:
         return path
     pixel = case.side / pixels
     config, atoms = case.config(pixel), atoms_of(case)
-    lens, detector, foci, cell = microscope_of(config), detector_of(config), np.asarray(config.focal_series.defocus), (case.side, case.side)
-    sampling = default_sampling(lens.energy, detector.outermost, lens.convergence_angle)
-    halves, waves = simulate_particle(
-        atoms, config.specimen.element, config.specimen.debye_waller_b, cell, lens, detector, case.configurations, 0, sampling, checkpoint=folder / f"{name}_gram.npz", progress=tqdm
-    )
+    lens, foci, cell = microscope_of(config), np.asarray(config.focal_series.defocus), (case.side, case.side)
+    halves, waves = gram_of(case, folder / f"{name}_gram.npz")
     rng = np.random.default_rng(len(atoms))
     drift = np.cumsum(rng.normal(0, 0.15, (len(foci), 2)), 0)
     drift -= drift.mean(0)

@@ -1,12 +1,11 @@
-"""What a reconstruction of the packaged particle says when its config tells something wrong, and how wrong its depths then are.
+"""What a reconstruction says when its config tells something wrong, and how wrong its depths then are.
 
-    python tests/benchmarks/wrong_settings.py [GRAM.npz] [CASE ...]
+    python tests/benchmarks/wrong_settings.py [FOLDER] [CASE ...]
 
-The counts are of full multislice, new draws where a case changes them. Each case: columns with the right count, common offset of the depths and rms of
-the rest [Å], share of 90 % intervals that hold the truth, the pooled goodness of fit in standard deviations, and the warnings. Half a minute a case; those with other
-libraries take as long again, once. Aberrations and tilts that nobody told need the particle's Gram matrix, GRAM.npz, which `simulate_particle` keeps as its checkpoint
-(`python -m depthprob.data.make_demo`, in demo_gram.npz), for tilts also GRAM_tilt5.npz and so on with as many configurations of the same seed; what they change in its
-images is added to those of the packaged stack.
+The counts are of full multislice: of the packaged particle, new draws where a case changes them. Each case: columns with the right count, common offset of the depths
+and rms of the rest [Å], share of 90 % intervals that hold the truth, the pooled goodness of fit in standard deviations, and the warnings. Half a minute a case; those with
+other libraries take as long again, once. A lens with aberrations or a tilted crystal that nobody told are cases of a smaller particle, by full multislice too: each
+tilt takes four frozen-phonon configurations, half a minute each on one core, whose Gram matrices are kept in FOLDER.
 """
 
 import dataclasses
@@ -15,15 +14,14 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from whole_particles import Case, atoms_of, columns_of, gram_of
 
 from depthprob.config import read_config
-from depthprob.data.make_demo import CELL, SHAPE
 from depthprob.errors import InputError
-from depthprob.io import read_stack
+from depthprob.io import Stack, read_stack
 from depthprob.physics.particle import images_from_gram
 from depthprob.reconstruction.libraries import microscope_of
 from depthprob.reconstruction.pipeline import reconstruct
-from depthprob.storage import load_arrays
 
 FOLDER = resources.files("depthprob.data")
 CONFIG = read_config(FOLDER / "demo.toml")
@@ -33,16 +31,17 @@ with np.load(FOLDER / "demo_stack.npz") as saved:
     COLUMNS, DRIFT = saved["columns"], saved["drift_A"]
     STILL = (8 * saved["expected_a"].astype(float) + 7 * saved["expected_b"]) / 15 * CONFIG.focal_series.dose[0] * PIXEL**2
 RNG = np.random.default_rng(5)
+SMALL = Case({}, 4.4, 42.0, 4, vacuum=2.3, slope=(1.2, 0.0), off=(0.4, 1.02), detector={"inner_mrad": 48.0, "outer_mrad": 90.0})  # its own mirror image in y
 
 
 def told(section, **values):
     """The config with something else in one of its sections."""
-    return dataclasses.replace(CONFIG, **{section: dataclasses.replace(getattr(CONFIG, section), **values)}), STACK
+    return dataclasses.replace(CONFIG, **{section: dataclasses.replace(getattr(CONFIG, section), **values)}), STACK, COLUMNS
 
 
 def given(counts=None, foci=FOCI):
     """The stack with other counts or foci."""
-    return CONFIG, STACK._replace(data=STACK.data if counts is None else np.asarray(counts, float), defocus_A=foci)
+    return CONFIG, STACK._replace(data=STACK.data if counts is None else np.asarray(counts, float), defocus_A=foci), COLUMNS
 
 
 def moved(images, shifts):
@@ -61,28 +60,33 @@ def jitter(sd):
     return lines
 
 
-def matched(positions):
+def matched(positions, columns):
     """Atoms and depth [Å] of the true column nearest to each found one, NaN where none is within 1 Å."""
-    offset = positions - positions.mean(0) + COLUMNS[:, :2].mean(0)
-    distance = np.hypot(*(offset[:, None] - COLUMNS[:, :2]).transpose(2, 0, 1))
-    return np.where(distance.min(1) < 1.0, COLUMNS[distance.argmin(1), 2:].T, np.nan)
+    offset = positions - positions.mean(0) + columns[:, :2].mean(0)
+    distance = np.hypot(*(offset[:, None] - columns[:, :2]).transpose(2, 0, 1))
+    return np.where(distance.min(1) < 1.0, columns[distance.argmin(1), 2:].T, np.nan)
 
 
-def simulated(tilt=0, **aberrations):
-    """Counts with a lens that has these aberrations, and of the particle tilted by so many mrad at 30°, the config silent about either."""
-    lens, path = microscope_of(CONFIG), Path(sys.argv[1])
+def untold(tilt=0, **aberrations):
+    """Counts of a smaller particle, its crystal tilted by so many mrad along x, under a lens with these aberrations; the config is silent about either.
 
-    def images(path, lens):
-        saved = load_arrays(path)
-        return images_from_gram(saved["total"].sum(0) / int(saved["done"]), saved["waves"], (CELL, CELL), lens, FOCI, SHAPE)
-
-    change = images(path.with_stem(f"{path.stem}_tilt{tilt}") if tilt else path, dataclasses.replace(lens, aberrations=aberrations)) - images(path, lens)
-    return given(moved(STILL + change * CONFIG.focal_series.dose[0] * PIXEL**2, DRIFT))
+    The particle is its own mirror image, tilted along x as well: so the mean with the mirror images of its thermal configurations is one of twice as many.
+    """
+    pixels, cell = round(SMALL.side / SMALL.pixel), (SMALL.side, SMALL.side)
+    pixel = SMALL.side / pixels
+    config, columns = SMALL.config(pixel), columns_of(atoms_of(SMALL))
+    halves, waves = gram_of(SMALL, Path(sys.argv[1]) / f"small_tilt{tilt}.npz", (float(tilt), 0.0))
+    mirror = [int(np.flatnonzero((waves == wave).all(1))[0]) for wave in waves * [1, -1]]
+    gram = (halves.mean(0) + halves.mean(0)[np.ix_(mirror, mirror)]) / 2
+    lens, dose = dataclasses.replace(microscope_of(config), aberrations=aberrations), float(config.focal_series.dose[0])
+    images = images_from_gram(gram, waves, cell, lens, FOCI, (pixels, pixels), DRIFT)
+    counts = RNG.poisson(np.maximum(images, 0) * dose * pixel**2).astype(float)
+    return config, Stack(counts, FOCI, pixel, {"dose_e_per_A2": dose, "signal": "counts"}), columns
 
 
 STEADY = lambda factors: moved(STILL * factors, DRIFT)
 CASES = {
-    "all right": lambda: (CONFIG, STACK),
+    "all right": lambda: (CONFIG, STACK, COLUMNS),
     "focus steps 3 % too large": lambda: given(foci=FOCI * 1.03),
     "focus steps 10 % too large": lambda: given(foci=FOCI * 1.1),
     "energy 290 for 300 keV": lambda: told("microscope", energy_keV=290.0),
@@ -97,15 +101,17 @@ CASES = {
     "source 1.0 for 0.7 Å": lambda: told("microscope", source_fwhm_A=1.0),
     "C3 +5 for 0 µm": lambda: told("microscope", spherical_aberration_mm=0.005),
     "C3 -5 for 0 µm": lambda: told("microscope", spherical_aberration_mm=-0.005),
-    "C12 0.5 nm": lambda: simulated(C12_A=5.0, phi12_deg=30.0),
-    "C12 2 nm": lambda: simulated(C12_A=20.0, phi12_deg=30.0),
-    "C12 5 nm": lambda: simulated(C12_A=50.0, phi12_deg=30.0),
-    "C21 100 nm": lambda: simulated(C21_A=1000.0, phi21_deg=30.0),
-    "C21 500 nm": lambda: simulated(C21_A=5000.0, phi21_deg=30.0),
-    "C23 100 nm": lambda: simulated(C23_A=1000.0, phi23_deg=30.0),
-    "crystal tilt 5 mrad": lambda: simulated(tilt=5),
-    "crystal tilt 10 mrad": lambda: simulated(tilt=10),
-    "crystal tilt 20 mrad": lambda: simulated(tilt=20),
+    "small: all right": lambda: untold(),
+    "small: C12 0.5 nm": lambda: untold(C12_A=5.0, phi12_deg=30.0),
+    "small: C12 2 nm": lambda: untold(C12_A=20.0, phi12_deg=30.0),
+    "small: C12 5 nm": lambda: untold(C12_A=50.0, phi12_deg=30.0),
+    "small: C21 100 nm": lambda: untold(C21_A=1000.0, phi21_deg=30.0),
+    "small: C21 500 nm": lambda: untold(C21_A=5000.0, phi21_deg=30.0),
+    "small: C23 100 nm": lambda: untold(C23_A=1000.0, phi23_deg=30.0),
+    "small: C23 500 nm": lambda: untold(C23_A=5000.0, phi23_deg=30.0),
+    "small: crystal tilt 5 mrad": lambda: untold(tilt=5),
+    "small: crystal tilt 10 mrad": lambda: untold(tilt=10),
+    "small: crystal tilt 20 mrad": lambda: untold(tilt=20),
     "focal spread 30 for 0 Å": lambda: told("microscope", focal_spread_A=30.0),
     "lattice 3.9 for 4.08 Å": lambda: told("specimen", lattice_constant_A=3.9),
     "platinum for gold": lambda: told("specimen", element="Pt", lattice_constant_A=3.92),
@@ -127,20 +133,20 @@ CASES = {
 def main(names) -> None:
     """Print a row a case, its warnings below."""
     print(f"{'case':40s} counts  offset    rms  median sd  covered  goodness")
-    with_gram = bool(names) and names[0].endswith(".npz")
-    for name in names[with_gram:] or [c for c in CASES if with_gram or not c.startswith(("C12", "C21", "C23", "crystal"))]:
-        config, stack = CASES[name]()
+    with_folder = bool(names) and names[0] not in CASES
+    for name in names[with_folder:] or [c for c in CASES if with_folder or not c.startswith("small")]:
+        config, stack, columns = CASES[name]()
         try:
             result = reconstruct(stack, config, method="laplace", quiet=True)
         except InputError as refusal:
             print(f"{name:40s} refused: {refusal}", flush=True)
             continue
-        number, truth = matched(result.positions)
+        number, truth = matched(result.positions, columns)
         error = result.depth - truth
         covered = np.mean((truth >= result.depth_q05) & (truth <= result.depth_q95))
         pooled = result.goodness_of_fit.mean() * len(error) ** 0.5
         rms = np.nanmean((error - np.nanmedian(error)) ** 2) ** 0.5
-        print(f"{name:40s} {np.sum(result.n_atoms == number):2d}/{len(COLUMNS)} {np.nanmedian(error):7.2f} {rms:6.2f} {np.median(result.depth_sd):8.2f} {covered:10.2f} {pooled:8.1f}")
+        print(f"{name:40s} {np.sum(result.n_atoms == number):2d}/{len(columns)} {np.nanmedian(error):7.2f} {rms:6.2f} {np.median(result.depth_sd):8.2f} {covered:10.2f} {pooled:8.1f}")
         print("".join(f"    {warning}\n" for warning in result.warnings), end="", flush=True)
 
 
