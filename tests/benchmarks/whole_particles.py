@@ -54,6 +54,8 @@ class Case:
         Of its middle.
     off : (2,)
         Of its middle from a column [Å].
+    mirrored : bool
+        Whether the particle is its own mirror image in y, so that each configuration counts twice.
     """
 
     specimen: dict
@@ -63,6 +65,7 @@ class Case:
     vacuum: float = 3.0
     slope: tuple[float, float] = (0.8, -0.5)
     off: tuple[float, float] = (0.4, 0.3)
+    mirrored: bool = False
     microscope: dict = dataclasses.field(default_factory=dict)
     detector: dict = dataclasses.field(default_factory=dict)
     pixel: float = 0.3
@@ -79,8 +82,8 @@ class Case:
 CASES = {
     "gold_thick": Case({}, 6.3, 90.0, 12, slope=(1.5, -1.1), detector={"inner_mrad": 48.0, "outer_mrad": 120.0}),
     "platinum_110": Case(
-        {"element": "Pt", "lattice_constant_A": 3.92, "zone_axis": [1, 1, 0], "debye_waller_B_A2": 0.38}, 6.5, 34.0, 8,
-        microscope={"energy_keV": 200.0, "convergence_angle_mrad": 24.0}, detector={"inner_mrad": 60.0, "outer_mrad": 150.0},
+        {"element": "Pt", "lattice_constant_A": 3.92, "zone_axis": [1, 1, 0], "debye_waller_B_A2": 0.38}, 5.6, 32.0, 4, vacuum=2.6, slope=(0.9, 0.0), off=(0.4, 0.693), mirrored=True,
+        microscope={"energy_keV": 200.0, "convergence_angle_mrad": 24.0}, detector={"inner_mrad": 60.0, "outer_mrad": 120.0},
     ),
     "tungsten_001": Case(
         {"element": "W", "structure": "bcc", "lattice_constant_A": 3.165, "debye_waller_B_A2": 0.16}, 6.0, 30.0, 8, slope=(-1.0, 0.6),
@@ -111,14 +114,21 @@ def atoms_of(case: Case) -> np.ndarray:
 
 
 def gram_of(case: Case, checkpoint: Path, tilt: tuple[float, float] = (0.0, 0.0)) -> tuple[np.ndarray, np.ndarray]:
-    """Gram matrices of two halves of the configurations (2, K, K) and their waves, by full multislice of the whole particle, its crystal tilted [mrad] whatever the config says."""
+    """Gram matrices of two halves of the configurations (2, K, K) and their waves, by full multislice of the whole particle, its crystal tilted [mrad] whatever the config says.
+
+    A mirrored particle may be tilted along x alone.
+    """
     config = case.config(case.pixel)
     lens, detector = microscope_of(config), detector_of(config)
     sampling = default_sampling(lens.energy, detector.outermost, lens.convergence_angle)
-    return simulate_particle(
+    halves, waves = simulate_particle(
         atoms_of(case), config.specimen.element, config.specimen.debye_waller_b, (case.side, case.side), lens, detector, case.configurations, 0, sampling,
         checkpoint=checkpoint, progress=tqdm, tilt=tilt,
     )  # fmt: skip
+    if case.mirrored:
+        mirror = [int(np.flatnonzero((waves == wave).all(1))[0]) for wave in waves * [1, -1]]
+        halves = (halves + halves[:, mirror][:, :, mirror]) / 2
+    return halves, waves
 
 
 def simulate(case: Case, name: str, folder: Path) -> Path:

@@ -31,7 +31,7 @@ with np.load(FOLDER / "demo_stack.npz") as saved:
     COLUMNS, DRIFT = saved["columns"], saved["drift_A"]
     STILL = (8 * saved["expected_a"].astype(float) + 7 * saved["expected_b"]) / 15 * CONFIG.focal_series.dose[0] * PIXEL**2
 RNG = np.random.default_rng(5)
-SMALL = Case({}, 4.4, 42.0, 4, vacuum=2.3, slope=(1.2, 0.0), off=(0.4, 1.02), detector={"inner_mrad": 48.0, "outer_mrad": 90.0})  # its own mirror image in y
+SMALL = Case({}, 4.4, 42.0, 4, vacuum=2.3, slope=(1.2, 0.0), off=(0.4, 1.02), mirrored=True, detector={"inner_mrad": 48.0, "outer_mrad": 90.0})
 
 
 def told(section, **values):
@@ -68,18 +68,13 @@ def matched(positions, columns):
 
 
 def untold(tilt=0, **aberrations):
-    """Counts of a smaller particle, its crystal tilted by so many mrad along x, under a lens with these aberrations; the config is silent about either.
-
-    The particle is its own mirror image, tilted along x as well: so the mean with the mirror images of its thermal configurations is one of twice as many.
-    """
+    """Counts of a smaller particle, its crystal tilted by so many mrad along x, under a lens with these aberrations; the config is silent about either."""
     pixels, cell = round(SMALL.side / SMALL.pixel), (SMALL.side, SMALL.side)
     pixel = SMALL.side / pixels
     config, columns = SMALL.config(pixel), columns_of(atoms_of(SMALL))
     halves, waves = gram_of(SMALL, Path(sys.argv[1]) / f"small_tilt{tilt}.npz", (float(tilt), 0.0))
-    mirror = [int(np.flatnonzero((waves == wave).all(1))[0]) for wave in waves * [1, -1]]
-    gram = (halves.mean(0) + halves.mean(0)[np.ix_(mirror, mirror)]) / 2
     lens, dose = dataclasses.replace(microscope_of(config), aberrations=aberrations), float(config.focal_series.dose[0])
-    images = images_from_gram(gram, waves, cell, lens, FOCI, (pixels, pixels), DRIFT)
+    images = images_from_gram(halves.mean(0), waves, cell, lens, FOCI, (pixels, pixels), DRIFT)
     counts = RNG.poisson(np.maximum(images, 0) * dose * pixel**2).astype(float)
     return config, Stack(counts, FOCI, pixel, {"dose_e_per_A2": dose, "signal": "counts"}), columns
 
