@@ -82,7 +82,7 @@ class Case:
 CASES = {
     "gold_thick": Case({}, 6.3, 90.0, 12, slope=(1.5, -1.1), detector={"inner_mrad": 48.0, "outer_mrad": 120.0}),
     "platinum_110": Case(
-        {"element": "Pt", "lattice_constant_A": 3.92, "zone_axis": [1, 1, 0], "debye_waller_B_A2": 0.38}, 5.6, 32.0, 4, vacuum=2.6, slope=(0.9, 0.0), off=(0.4, 0.693), mirrored=True,
+        {"element": "Pt", "lattice_constant_A": 3.92, "zone_axis": [1, 1, 0], "debye_waller_B_A2": 0.38}, 5.6, 32.0, 8, vacuum=2.6, slope=(0.9, 0.0), off=(0.4, 0.693), mirrored=True,
         microscope={"energy_keV": 200.0, "convergence_angle_mrad": 24.0}, detector={"inner_mrad": 60.0, "outer_mrad": 120.0},
     ),
     "tungsten_001": Case(
