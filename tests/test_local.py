@@ -122,7 +122,7 @@ def test_maximum_amplitudes_and_bounds_agree_with_the_dense_fit(problem):
     for name in ("depth", "x", "y", "shift_x", "focus_step"):
         sd = wide.sd(name)
         assert (abs(np.asarray(near.parameters[name]) - np.asarray(wide.parameters[name])) < 0.15 * sd).all(), name
-        np.testing.assert_allclose(near.sd(name), sd, rtol=0.01)
+        np.testing.assert_allclose(near.sd(name), sd, rtol=0.004 if name == "depth" else 0.02)  # derivatives stop at `DIM`; at 0.3 %, all agree to 0.2 %
     amplitude, sd, _ = likelihood.column_amplitudes(wide.parameters, problem)
     again, sd_again, _ = before = local.column_amplitudes(near.parameters, problem)
     np.testing.assert_allclose(local.column_amplitudes(near.parameters, problem, before).value, again, rtol=1e-6)
