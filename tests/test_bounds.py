@@ -102,7 +102,7 @@ def test_the_config_says_what_is_known_beforehand():
 
 def test_a_single_atom_that_shakes_more_looks_like_a_wider_source(monkeypatch):
     """Blurred by u^2 = B / (8 pi^2) along each axis, whatever the atom: two unknowns that cost the same, to 2e-5 of a peak that libraries are true to. For a column that is no longer so."""
-    monkeypatch.setattr(libraries, "LENGTHS", (1, 2))
+    monkeypatch.setattr(libraries, "LENGTHS", (2,))
     closed = lambda n: replace(settings(n, nuisances=["source_size", "debye_waller_B"]), thermal=Config().thermal)
     bounds = lambda n: column_crlb(closed(n))["column_depth_sd_with_nuisances_A"]
     one, two = bounds(1), bounds(2)
