@@ -210,7 +210,7 @@ def lacking(parameters: dict, problem: Problem, config: Config, progress: Callab
         for group, of in progress(list(zip(groups, shares, strict=True)), desc="pairs of neighbours", unit="kind")
     ]
     change = np.zeros((len(foci), *series.shape), np.float32)
-    for separation in sorted({g.separation for g in groups}):
+    for separation in progress(sorted({g.separation for g in groups}), desc="images of pairs", unit="distance"):
         own = [k for k, g in enumerate(groups) if g.separation == separation]
         change += _drawn(parameters, problem, [groups[k] for k in own], [shares[k] for k in own], [grams[k] for k in own], lens, foci)
     return change, sum(len(g.members) for g in groups)
