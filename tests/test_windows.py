@@ -45,6 +45,20 @@ def test_windows_and_their_derivatives_are_those_of_the_fourier_sum(library, cha
             assert abs(own - expected).max() < within * abs(expected).max()
 
 
+def test_images_wider_than_the_librarys_cell_change_by_their_derivatives(library):
+    """Wherever between two pixels the cell's edge falls: samplers lean on a gradient that is the function's own."""
+    half = int(library.images.shape[1] * library.pixel / 2 / PIXEL) + 2
+    draw, step = window_renderer(library, PIXEL, half, 120.0, 0.5), 1e-3
+    places = (half + np.stack(np.meshgrid(np.linspace(-0.4, 1.4, 181), [0.3]), -1).reshape(-1, 2)) * PIXEL
+
+    def image(x):
+        return np.asarray(draw_windows(jnp.full(181, 12), jnp.full(181, 110.0), places + np.array([x, 0.0]), jnp.float32(0.0), library, draw, True), float)
+
+    by_x = image(0.0)[:, 2]
+    difference = (image(step) - image(-step))[:, 0] / (2 * step)
+    assert abs(difference - by_x).max() < 1e-3 * abs(by_x).max()
+
+
 def test_a_wider_source_is_a_gaussian_blur(library):
     """The library's images, blurred in their own Fourier series."""
     q = np.fft.fftfreq(library.images.shape[1], library.pixel)

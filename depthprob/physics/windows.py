@@ -63,6 +63,8 @@ def window_renderer(library: ColumnLibrary, pixel: float, half: int, farthest: f
             break
     size = images.shape[1]
     cell = size * library.pixel
+    # zero at the edge of the cell, beyond which nothing is drawn: cut off there, an image would jump with its place between two pixels
+    fade = np.clip((cell / 2 - abs(np.fft.fftfreq(size, 1 / cell)))[:, None] / library.pixel, 0, 1)
     q = np.arange(int(library.band_limit * cell) + 1) / cell
     spectrum = lambda a: (np.fft.rfft(a, axis=0)[: len(q)] * np.where(q > 0, 2.0, 1.0)[:, None] / size).T
     steps = int(np.ceil((1 + 2 * room) * pixel / FINEST))
@@ -70,7 +72,7 @@ def window_renderer(library: ColumnLibrary, pixel: float, half: int, farthest: f
     t = np.arange(2 * half + 1) * pixel - position[:, None]
     waves = np.exp(2j * np.pi * t[..., None] * q) * (abs(t) <= cell / 2)[..., None]
     c64, f32 = lambda a: jnp.asarray(a, jnp.complex64), lambda a: jnp.asarray(a, jnp.float32)
-    return WindowRenderer(f32(u.T @ images @ v), c64(spectrum(u)), c64(spectrum(v)), c64(waves), f32(q), f32(position[1] - position[0]), f32(position[0]))
+    return WindowRenderer(f32(u.T @ images @ v), c64(spectrum(fade * u)), c64(spectrum(fade * v)), c64(waves), f32(q), f32(position[1] - position[0]), f32(position[0]))
 
 
 @partial(jax.jit, static_argnames=("derivatives", "widening_too"))
