@@ -92,6 +92,23 @@ def test_what_pairs_share_is_worked_out_once_and_changes_nothing():
         assert all(abs(of([numbers])[numbers] - gram).max() < 1e-6 * abs(gram).max() for numbers, gram in together.items())  # single precision
 
 
+def test_many_pairs_lack_what_each_lacks_alone():
+    """Through the few waves that the longest and the shortest lack, and through those that others are known to; where those are of no use, for all waves."""
+    pair = prepared("Au", 2.04, 20 * SPACING)
+    within, wanted = crosstalk.between(pair, 20 * SPACING, 6), {(a, b) for a in range(1, 6) for b in range(1, 6) if abs(a - b) < 2}
+    alone = crosstalk.grams(pair, within, [(0.0, 0.0)], {(n,) for n in range(1, 6)})
+    exact = crosstalk.crosstalk(pair, within, 20 * SPACING, wanted, alone)
+    many = lambda some, known=(): crosstalk.crosstalk_of_many(pair, within, 20 * SPACING, some, alone, known)
+    matrix = lambda lacked: (lacked.vectors * lacked.values) @ lacked.vectors.conj().T
+    found = many(wanted)
+    again = many({(3, 3)}, [found[5, 5], found[2, 2]])
+    of_no_use = many({(3, 3)}, [crosstalk.LowRank(np.array([1.0]), np.eye(len(pair.waves), 1).astype(np.complex64))])
+    assert set(found) == wanted
+    for numbers, lacked in (*found.items(), *again.items()):
+        assert np.linalg.norm(matrix(lacked) - exact[numbers]) < crosstalk.MISSED * np.linalg.norm(exact[numbers]), numbers
+    assert np.linalg.norm(matrix(of_no_use[3, 3]) - exact[3, 3]) < 1e-3 * np.linalg.norm(exact[3, 3])
+
+
 def test_columns_far_apart_lack_nothing():
     largest = {}
     for separation in (2.04, 5.0):

@@ -78,6 +78,14 @@ def test_numbers_between_which_pairs_are_interpolated_have_their_mean():
     assert superposition.shares_of({(30, 31)}) == {(30, 31): {(30, 31): 1.0}}
 
 
+def test_what_pairs_lack_is_interpolated_in_size_by_powers():
+    power = lambda pair: (pair[0] * pair[1]) ** 1.5
+    share = superposition.shares_of({(n, n) for n in range(24, 41)} | {(n, n + 1) for n in range(24, 41)})[33, 33]
+    weights = superposition.grown(share, {pair: power(pair) for pair in share})
+    assert len(share) == 4 and sum(w * power(pair) for pair, w in weights.items()) == pytest.approx(power((33, 33)), rel=0.01)
+    assert superposition.grown({(8, 8): 1.0}, {(8, 8): 0.3}) == {(8, 8): 1.0}
+
+
 def random_grams(cell, count):
     reach = int(1.0667 * cell + 0.5)
     rng, waves = np.random.default_rng(0), np.stack(np.mgrid[-reach : reach + 1, -reach : reach + 1], -1).reshape(-1, 2)

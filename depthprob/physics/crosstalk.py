@@ -34,9 +34,13 @@ from .specimen import Column, rms_from_debye_waller_b
 LIMIT = 3.4  # 1/Å; of the waves that are followed
 VACUUM = 8.0  # Å between a pair and its image in the next cell
 CORE = 0.7  # Å about an atom, within which it scatters diffusely
-FAINTEST = 0.02  # amplitude of a wave within the core, below which it is left out
+FAINTEST = 0.05  # of the strongest combination of waves in the core, weighted by how much scatters where, below which others are left out: 0.7 to 3 % of what a pair lacks
 THERMAL_NODES = 7  # of each component of a displacement
 AT_ONCE = 32  # waves
+STRONG = 1e-4  # of the largest eigenvalue of what a pair lacks, below which others are left out
+RANGE = 1e-3  # of the strongest wave of those that landmarks lack, below which other pairs are taken not to lack it either
+PROBES = 4  # waves outside, by which that is tested
+MISSED = 0.05  # of what a pair lacks, beyond which it is worked out for all waves
 
 Numbers = tuple[int, ...]
 
@@ -111,16 +115,17 @@ def prepare_pair(column: Column, energy: float, convergence_angle: float, detect
     x, y = (a.ravel() for a in np.meshgrid(np.arange(-n // 2, n // 2), np.arange(-n // 2, n // 2)))
     near = np.hypot(x, y) * cell / n < CORE
     x, y = x[near], y[near]
-    plane_waves = np.exp(2j * np.pi / n * (np.outer(x, jx) + np.outer(y, jy)))
-    functions, sizes, rows = np.linalg.svd(plane_waves, full_matrices=False)
+    coherence = _coherence(spectrum, x, y, float(rms_from_debye_waller_b(column.debye_waller_b)) / cell)
+    scattered = np.sqrt(np.diag(coherence).real)[:, None]
+    functions, sizes, rows = np.linalg.svd(scattered * np.exp(2j * np.pi / n * (np.outer(x, jx) + np.outer(y, jy))), full_matrices=False)
     kept = sizes > FAINTEST * sizes[0]
     core = (sizes[:, None] * rows)[kept]
     near = np.hypot(jx, jy) / cell < aperture + 0.5 / cell
     to_mrad = 1e3 * lam / cell
     return Pair(
         separation, float(column.spacing), lam, cell, np.stack([jx[near], jy[near]], 1), jx, jy, n,
-        (spectrum * np.exp(-float(column.debye_waller_b) * radius**2 / 4)).astype(np.complex64), core.astype(np.complex64), functions[:, kept],
-        _coherence(spectrum, x, y, float(rms_from_debye_waller_b(column.debye_waller_b)) / cell), _beyond(column, energy, aperture, detector, parametrization, jx / cell, jy / cell, limit, core) / cell**2,
+        (spectrum * np.exp(-float(column.debye_waller_b) * radius**2 / 4)).astype(np.complex64), core.astype(np.complex64), (functions / scattered)[:, kept],
+        coherence, _beyond(column, energy, aperture, detector, parametrization, jx / cell, jy / cell, limit, core) / cell**2,
         detector.sensitivity(jx * to_mrad, jy * to_mrad, to_mrad),
     )  # fmt: skip
 
@@ -185,16 +190,23 @@ def _flown(pair: Pair, waves: np.ndarray, distance: float) -> np.ndarray:
 
 def _through(pair: Pair, waves: np.ndarray, plane: np.ndarray) -> np.ndarray:
     """Waves (q, w) behind a plane (y, x), few at a time, shared out to all cores."""
-    inside = (pair.jy % pair.size) * pair.size + pair.jx % pair.size
-    out, grid = np.empty_like(waves), np.zeros((AT_ONCE, pair.size**2), np.complex64)
+    n, limit = pair.size, int(pair.jy.max())
+    rows = 2 * limit + 1  # that hold waves; of the others no transform along x is needed
+    inside = (pair.jy % rows) * n + pair.jx % n
+    out, grid = np.empty_like(waves), np.zeros((AT_ONCE, n, n), np.complex64)
     for first in range(0, waves.shape[1], AT_ONCE):
         some = slice(first, first + AT_ONCE)
-        part = grid[: waves[0, some].size]
-        part[:] = 0
-        part[:, inside] = waves[:, some].T
-        wave = scipy.fft.ifft2(part.reshape(-1, pair.size, pair.size), norm="forward", workers=-1)
+        count = waves[0, some].size
+        few = np.zeros((count, rows * n), np.complex64)
+        few[:, inside] = waves[:, some].T
+        few = scipy.fft.ifft(few.reshape(count, rows, n), axis=2, norm="forward", overwrite_x=True, workers=-1)
+        part = grid[:count]
+        part[:, : limit + 1], part[:, limit + 1 : n - limit], part[:, n - limit :] = few[:, : limit + 1], 0, few[:, limit + 1 :]
+        wave = scipy.fft.ifft(part, axis=1, norm="forward", workers=-1)
         wave *= plane
-        out[:, some] = scipy.fft.fft2(wave, norm="forward", overwrite_x=True, workers=-1).reshape(len(part), -1)[:, inside].T
+        wave = scipy.fft.fft(wave, axis=1, norm="forward", overwrite_x=True, workers=-1)
+        few = np.concatenate([wave[:, : limit + 1], wave[:, n - limit :]], 1)
+        out[:, some] = scipy.fft.fft(few, axis=2, norm="forward", overwrite_x=True, workers=-1).reshape(count, -1)[:, inside].T
     return out
 
 
@@ -299,7 +311,7 @@ def forms(pair: Pair, within: Between, tops: list[float], numbers: Numbers, know
     return found
 
 
-def grams(pair: Pair, within: Between, columns: list[tuple[float, float]], wanted: Iterable[Numbers]) -> dict[Numbers, Complex[np.ndarray, "K K"]]:
+def grams(pair: Pair, within: Between, columns: list[tuple[float, float]], wanted: Iterable[Numbers], incident: np.ndarray | None = None) -> dict[Numbers, Complex[np.ndarray, "K K"]]:
     """Gram matrices, as `particle.particle_gram`, of columns side by side, by their numbers of atoms.
 
     Parameters
@@ -308,13 +320,16 @@ def grams(pair: Pair, within: Between, columns: list[tuple[float, float]], wante
         Of the top atom of each [Å].
     wanted : iterable of tuples
         How many atoms each column has; what they share from the top is done once.
+    incident : (K, w), optional
+        Between these combinations of the pair's waves, (w, w), instead of all.
     """
     planes = {numbers: _planes(pair, columns, numbers) for numbers in wanted}
     known: dict = {}
     of_atoms = {numbers: forms(pair, within, [z for _, z in columns], numbers, known) for numbers in planes}
     slices = {here: _transmitted(pair, [columns[c][0] for c in here]) for here in {tuple(c for c, _ in here) for p in planes.values() for _, here in p}}
     cores = [pair.core * _at(pair, -x) for x, _ in columns]
-    whole, found = _mirror(pair), {}
+    above, whole = _mirror(pair) if incident is None else (incident, lambda waves: waves)
+    found = {}
 
     def recorded(waves, amplitudes, numbers):
         total = _recorded(pair, whole(waves))
@@ -324,7 +339,7 @@ def grams(pair: Pair, within: Between, columns: list[tuple[float, float]], wante
         return total
 
     def descend(waves, amplitudes, z, some):
-        """`waves` (q, K / 2) behind the planes of the atoms in `amplitudes`, which `some` of those wanted share."""
+        """`waves` (q, w) behind the planes of the atoms in `amplitudes`, which `some` of those wanted share."""
         while some:
             following = defaultdict(list)
             for numbers in some:
@@ -345,25 +360,26 @@ def grams(pair: Pair, within: Between, columns: list[tuple[float, float]], wante
         every = whole(arrived)
         return _through(pair, arrived, slices[tuple(c for c, _ in here)]), [*amplitudes, [cores[c] @ every for c, _ in here]]
 
-    above = pair.waves[pair.waves[:, 1] >= 0]
-    descend(((pair.jx[:, None] == above[:, 0]) & (pair.jy[:, None] == above[:, 1])).astype(np.complex64), [], 0.0, list(planes))
+    start = np.zeros((len(pair.jx), above.shape[1]), np.complex64)
+    start[np.hypot(pair.jx, pair.jy) < np.hypot(*pair.waves.T).max() + 1e-6] = above
+    descend(start, [], 0.0, list(planes))
     return found
 
 
-def _mirror(pair: Pair) -> Callable[[np.ndarray], np.ndarray]:
-    """From waves (q, k) of the incident ones with y >= 0 to all (q, K): columns along x are their own mirror image."""
+def _mirror(pair: Pair) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """The incident waves with y >= 0 (K, k), and from what becomes of them (q, k) to that of all (q, K): columns along x are their own mirror image."""
     place = {wave: i for i, wave in enumerate(zip(pair.jx.tolist(), pair.jy.tolist(), strict=True))}
     turned = np.array([place[x, -y] for x, y in place])
-    above = [tuple(wave) for wave in pair.waves.tolist() if wave[1] >= 0]
-    source = np.array([above.index((x, abs(y))) for x, y in pair.waves.tolist()])
     below = pair.waves[:, 1] < 0
+    above = [tuple(wave) for wave in pair.waves[~below].tolist()]
+    source = np.array([above.index((x, abs(y))) for x, y in pair.waves.tolist()])
 
     def whole(waves):
         every = waves[:, source]
         every[:, below] = every[:, below][turned]
         return every
 
-    return whole
+    return np.eye(len(below), dtype=np.complex64)[:, ~below], whole
 
 
 def _planes(pair: Pair, columns: list[tuple[float, float]], numbers: Numbers) -> list:
@@ -381,7 +397,9 @@ def moved(gram: Complex[np.ndarray, "K K"], pair: Pair, x: float, z: float) -> C
     return phase.conj()[:, None] * gram * phase
 
 
-def crosstalk(pair: Pair, within: Between, below: float, wanted: Iterable[tuple[int, int]], alone: dict[Numbers, np.ndarray]) -> dict[tuple[int, int], Complex[np.ndarray, "K K"]]:
+def crosstalk(
+    pair: Pair, within: Between, below: float, wanted: Iterable[Numbers], alone: dict[Numbers, np.ndarray], incident: np.ndarray | None = None
+) -> dict[Numbers, Complex[np.ndarray, "K K"]]:
     """Gram matrices of pairs less those of their columns, by the numbers of atoms.
 
     The first column stands at x = -separation / 2 with its top atom at z = 0, the second at +separation / 2 with its top `below` [Å].
@@ -390,7 +408,54 @@ def crosstalk(pair: Pair, within: Between, below: float, wanted: Iterable[tuple[
     ----------
     alone : dict
         `grams` of one column at x = 0 and z = 0, of all numbers of atoms that occur.
+    incident : (K, w), optional
+        Between these combinations of the pair's waves, (w, w), instead of all.
     """
     half = pair.separation / 2
-    both = grams(pair, within, [(-half, 0.0), (half, below)], wanted)
-    return {n: whole - moved(alone[n[:1]], pair, -half, 0.0) - moved(alone[n[1:]], pair, half, below) for n, whole in both.items()}
+    both = grams(pair, within, [(-half, 0.0), (half, below)], wanted, incident)
+    between = lambda gram: gram if incident is None else incident.conj().T @ gram @ incident
+    return {n: whole - between(moved(alone[n[:1]], pair, -half, 0.0) + moved(alone[n[1:]], pair, half, below)) for n, whole in both.items()}
+
+
+class LowRank(NamedTuple):
+    """A Hermitian matrix: sum of values (r,) times vectors (K, r)."""
+
+    values: np.ndarray
+    vectors: np.ndarray
+
+
+def crosstalk_of_many(pair: Pair, within: Between, below: float, wanted: set[Numbers], alone: dict[Numbers, np.ndarray], known: Iterable[LowRank] = ()) -> dict[Numbers, LowRank]:
+    """`crosstalk` of pairs that lack much the same: most of them for the few waves that `known` ones lack, the longest and the shortest of others for all waves.
+
+    How much they lack of other waves is estimated from a few random ones (Halko, Martinsson & Tropp, SIAM Review 53, 217 (2011), section 4.3); pairs that lack
+    more than `MISSED` of it are left for the next round.
+    """
+    known, found = list(known), {}
+    if known:
+        found |= _within_range(pair, within, below, wanted, alone, known)
+    while rest := wanted - set(found):
+        ends = {min(rest, key=sum), max(rest, key=sum)}
+        found |= {n: _strongest(gram, np.eye(len(gram))) for n, gram in crosstalk(pair, within, below, ends, alone).items()}
+        known += [found[n] for n in ends]
+        if rest - ends:
+            found |= _within_range(pair, within, below, rest - ends, alone, known)
+    return found
+
+
+def _within_range(pair: Pair, within: Between, below: float, wanted: set[Numbers], alone: dict[Numbers, np.ndarray], known: list[LowRank]) -> dict[Numbers, LowRank]:
+    """Those of the pairs `wanted` that lack hardly more waves than the `known` ones do."""
+    left, sizes, _ = np.linalg.svd(np.concatenate([some.vectors * (some.values / abs(some.values).max()) for some in known], 1), full_matrices=False)
+    waves = left[:, sizes > RANGE * sizes[0]]
+    total, k = waves.shape
+    others = np.random.default_rng(0).normal(size=(total, PROBES, 2)) @ (1, 1j)
+    others = np.linalg.qr(others - waves @ (waves.conj().T @ others))[0]
+    lacking = crosstalk(pair, within, below, wanted, alone, np.concatenate([waves, others], 1).astype(np.complex64))
+    missed = {n: np.sqrt(2 * (total - k) / PROBES) * np.linalg.norm(gram[k:, :k]) / np.linalg.norm(gram[:k, :k]) for n, gram in lacking.items()}
+    return {n: _strongest(gram[:k, :k], waves) for n, gram in lacking.items() if missed[n] < MISSED}
+
+
+def _strongest(gram: np.ndarray, waves: np.ndarray) -> LowRank:
+    """Of a Hermitian matrix between waves (K, w)."""
+    values, vectors = np.linalg.eigh(gram)
+    strong = abs(values) > STRONG * abs(values).max()
+    return LowRank(values[strong], (waves @ vectors[:, strong]).astype(np.complex64))

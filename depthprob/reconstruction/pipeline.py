@@ -245,11 +245,12 @@ def reconstruct(
         refuse_beyond_limit(config, gigabytes, what)
         longer = f", and {math.ceil(seconds / 60)} more for the correction of superposition" if pairs else ""
         stages.tell(f"{what} take about {math.ceil(need.seconds / 60)} minutes and {gigabytes:.1f} GB{longer}")
-    lacking = lambda parameters, problem: superposition.lacking(parameters, problem, config, progress)[0]
+    shared: dict = {}
+    lacking = lambda parameters, problem: superposition.lacking(parameters, problem, config, progress, shared)[0]
     joint = fit_jointly(stack.data, field, library, series, mask, config, progress, lacking if pairs else None)
 
     stages("superposition")
-    joint, owed = superposition.settled(joint, config, pairs, seconds, progress)
+    joint, owed = superposition.settled(joint, config, pairs, seconds, progress, shared)
     problem, estimate, fit = joint.problem, joint.estimate, joint.reader
     n_atoms, probability = np.asarray(problem.n_atoms), joint.counts.probability
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}

@@ -28,7 +28,6 @@ from .libraries import FORMAT, cache_folder, column_geometry, column_of, detecto
 
 THICK = 0.25  # of the way to its neighbours that the beam spreads within a column, from where a pair matters
 BEYOND = 2.5  # Å beyond the beam's spread that a neighbour still matters: columns 2.9 Å apart do a tenth of what those 2.0 Å apart do, those 4.1 Å apart nothing
-FAINTEST = 1e-4  # of the largest eigenvalue of a pair's matrix, below which others are left out
 PATIENCE = 900.0  # s of processor time, beyond which pairs are found only where the config asks for it
 GIGABYTES = 1.5  # that pairs take beside a fit
 TOGETHER = 0.2  # rad; pairs whose directions differ by no more are drawn alike
@@ -128,7 +127,7 @@ def pair_grams(config: Config, group: Neighbours, numbers: set[tuple[int, int]],
     `shared` holds what groups of one separation have in common.
     """
     column, detector, lens = column_of(config, 1), detector_of(config), microscope_of(config)
-    settings = {"crosstalk": FORMAT, "element": column.element, "parametrization": config.simulation.parametrization, **detector.record} | {
+    settings = {"crosstalk": FORMAT, "core": crosstalk.FAINTEST, "element": column.element, "parametrization": config.simulation.parametrization, **detector.record} | {
         name: round(float(value), 6)
         for name, value in (("energy", lens.energy), ("angle", lens.convergence_angle), ("spacing", column.spacing), ("b", column.debye_waller_b), ("separation", group.separation), ("below", group.below))
     }
@@ -145,10 +144,9 @@ def pair_grams(config: Config, group: Neighbours, numbers: set[tuple[int, int]],
         if stagger not in betweens:
             betweens[stagger] = crosstalk.between(model, group.below, steps, next((b.alone for b in betweens.values()), None))
         alone |= crosstalk.grams(model, betweens[stagger], [(0.0, 0.0)], {(n,) for pair in missing for n in pair} - set(alone))
-        for pair, gram in crosstalk.crosstalk(model, betweens[stagger], group.below, missing, alone).items():
-            values, vectors = np.linalg.eigh(gram)
-            strong = abs(values) > FAINTEST * abs(values).max()
-            kept |= {f"values_{name(pair)}": values[strong], f"vectors_{name(pair)}": vectors[:, strong].astype(np.complex64)}
+        known = [crosstalk.LowRank(kept[key], kept[key.replace("values", "vectors")]) for key in kept if key.startswith("values_")]
+        for pair, lacked in crosstalk.crosstalk_of_many(model, betweens[stagger], group.below, missing, alone, known).items():
+            kept |= {f"values_{name(pair)}": lacked.values, f"vectors_{name(pair)}": lacked.vectors}
         kept |= {"waves": model.waves, "cell": model.cell}
         save_arrays(path, **kept)
     return {pair: PairGram(kept[f"values_{name(pair)}"], kept[f"vectors_{name(pair)}"], kept["waves"], float(kept["cell"])) for pair in numbers}
@@ -173,6 +171,12 @@ def nodes(n: int) -> list[tuple[int, float]]:
     return [(n - n % step, 1 - share), (n - n % step + step, share)][: 1 + (share > 0)]
 
 
+def grown(share: dict[tuple[int, int], float], sizes: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    """Weights of pairs whose sum is interpolated in shape by these shares, and in size by their logarithms: what a pair lacks grows as a power of its atoms."""
+    size = np.exp(sum(u * np.log(sizes[pair]) for pair, u in share.items()))
+    return {pair: u * size / sizes[pair] for pair, u in share.items()}
+
+
 def shares_of(kinds: set[tuple[int, int]]) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
     """For each two numbers of atoms the pairs to work out and their weights: itself, or where that makes fewer pairs the `nodes` of both, to 5 % of what is lacking."""
     between = {pair: {(a, b): u * v for a, u in nodes(pair[0]) for b, v in nodes(pair[1])} for pair in kinds}
@@ -182,8 +186,8 @@ def shares_of(kinds: set[tuple[int, int]]) -> dict[tuple[int, int], dict[tuple[i
 def seconds_for(groups: list[Neighbours], n_atoms: np.ndarray, images: int) -> float:
     """Processor time [s] that pairs take of which the cache holds none, gold under 21 mrad: paths for each distance, waves down each group's longest columns, every two numbers of atoms, and images."""
     kinds = [set().union(*shares_of(set(map(tuple, n_atoms[g.members].tolist()))).values()) for g in groups]
-    grams = sum(0.1 * max(map(max, kind)) + 0.5 * len(kind) for kind in kinds) + 15 * len({g.separation for g in groups})
-    return grams + 1.5e-4 * images * sum(len(g.members) for g in groups)
+    grams = sum(0.1 * max(map(max, kind)) + 0.4 * len(kind) for kind in kinds) + 15 * len({g.separation for g in groups})
+    return grams + 4e-5 * images * sum(len(g.members) for g in groups)
 
 
 def asked_for(field: Field, series: FocalSeries, config: Config) -> tuple[bool, float]:
@@ -196,15 +200,18 @@ def asked_for(field: Field, series: FocalSeries, config: Config) -> tuple[bool, 
     return wanted == "corrected" or (wanted == "auto" and thick and seconds < PATIENCE), seconds
 
 
-def lacking(parameters: dict, problem: Problem, config: Config, progress: Callable = lambda items, **_: items) -> tuple[np.ndarray, int]:
-    """What the sum of isolated columns lacks of the expected counts (F, ny, nx) float32 at an estimate, and the number of pairs that it comes of."""
+def lacking(parameters: dict, problem: Problem, config: Config, progress: Callable = lambda items, **_: items, shared: dict | None = None) -> tuple[np.ndarray, int]:
+    """What the sum of isolated columns lacks of the expected counts (F, ny, nx) float32 at an estimate, and the number of pairs that it comes of.
+
+    `shared` keeps what all pairs of a crystal need for the next estimate.
+    """
     series, lens = problem.series, microscope_of(config)
     field = field_of(parameters, problem.n_atoms)
     n, foci = np.asarray(field.n_atoms), np.asarray(defocus_minus_depth(field, series)[0] + field.depths[0])
     groups = neighbours_of(field, series, config)
     steps = int(n.max() + max((g.below for g in groups), default=0.0) / problem.library.spacing) + 5
     shares = [shares_of(set(map(tuple, n[g.members].tolist()))) for g in groups]
-    shared: dict = {}
+    shared = {} if shared is None else shared
     grams = [
         pair_grams(config, group, set().union(*of.values()), steps, shared)
         for group, of in progress(list(zip(groups, shares, strict=True)), desc="pairs of neighbours", unit="kind")
@@ -225,7 +232,8 @@ def _drawn(parameters: dict, problem: Problem, groups: list[Neighbours], shares:
     nodes = {(k, pair): i for i, (k, pair) in enumerate((k, pair) for k, of in enumerate(grams) for pair in of)}
     kinds = {(k, pair): i for i, (k, pair) in enumerate((k, pair) for k, of in enumerate(shares) for pair in of)}
     kind = np.array([kinds[k, tuple(pair)] for k, g in enumerate(groups) for pair in n[g.members].tolist()])
-    of_kind = [{nodes[k, node]: share for node, share in of[pair].items()} for k, of in enumerate(shares) for pair in of]
+    sizes = [{pair: float(np.linalg.norm(gram.values)) or 1.0 for pair, gram in of.items()} for of in grams]
+    of_kind = [{nodes[k, node]: share for node, share in grown(of[pair], sizes[k]).items()} for k, of in enumerate(shares) for pair in of]
     every = [gram for of in grams for gram in of.values()]
     step = _across(positions, pairs, _box(problem.series))
     look = lambda turn: pair_images(every, lens, foci.min() - highest.max(), foci.max() - highest.min(), turn)
@@ -257,17 +265,17 @@ def directions(angles: np.ndarray) -> list[tuple[float, np.ndarray]]:
     return found
 
 
-def settled(joint: JointFit, config: Config, wanted: bool, seconds: float, progress: Callable = lambda items, **_: items) -> tuple[JointFit, Owed]:
+def settled(joint: JointFit, config: Config, wanted: bool, seconds: float, progress: Callable = lambda items, **_: items, shared: dict | None = None) -> tuple[JointFit, Owed]:
     """A fit to counts less what superposition lacked on the way there, less what more it lacks at the end, and what that is; nothing where it is not `wanted`.
 
     To first order: with c what expected counts lack, J their derivatives by the parameters, W their precision and C the parameters' covariance, a fit to counts that
-    hold c is off by C J^T W c. Pairs take `seconds` of processor time.
+    hold c is off by C J^T W c. Pairs take `seconds` of processor time; `shared` as for `lacking`.
     """
     n = len(joint.problem.n_atoms)
     if not wanted:
         return joint, Owed(np.float32(0.0), np.zeros(n), np.zeros(n), 0, seconds)
     estimate, problem = joint.estimate, joint.problem
-    change, pairs = lacking(estimate.parameters, problem, config, progress)
+    change, pairs = lacking(estimate.parameters, problem, config, progress, shared)
     rest = change - joint.lacking
     shift, more = _follows(joint, np.stack([change, rest])).T
     problem = dataclasses.replace(problem, counts=problem.counts - rest)
