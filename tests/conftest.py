@@ -1,11 +1,23 @@
 """What several test modules stand on."""
 
+import os
+import shutil
+import tempfile
 from importlib import resources
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and commands that tests run, compile a function once for all
+    COMPILED = tempfile.mkdtemp()
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 import jax
 import pytest
 
 from depthprob.physics.library import ColumnLibrary
+
+
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,12 @@ FREE = ("positions", "background", "smooth_background", "gain", "image_shifts", 
 pytestmark = pytest.mark.usefixtures("double_precision")
 
 
+@pytest.fixture(autouse=True)
+def few_window_sizes(monkeypatch):
+    """Each is compiled anew."""
+    monkeypatch.setattr(local, "CLASSES", 2)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["open", "periodic"])
 def problem(request, library):
     """72 columns in several strips; with a periodic field also across its edges, with an open one in distorted images."""
