@@ -187,3 +187,18 @@ def test_a_tilt_is_said_where_it_matters_and_understated_where_it_is_large(tilt,
     tested = {"tilt_a": Asked(tilt, sd, depths), "tilt_b": Asked(-0.4, sd, 0 * depths)}
     found = quality.doubts_of_settings(tested, Config(), 0.57, 36.72)
     assert (found == []) if said is None else (len(found) == 1 and re.search(said, found[0]))
+
+
+@pytest.mark.parametrize(
+    "diagnostics, said",
+    [
+        ({"method": "laplace"}, None),
+        ({"chains": 2, "samples": 500, "divergences": 0, "r_hat_max": 1.01, "ess_min": 400.0}, None),
+        ({"chains": 2, "samples": 3, "divergences": 0, "r_hat_max": np.nan, "ess_min": 300.0}, None),
+        ({"chains": 2, "samples": 100, "divergences": 0, "r_hat_max": 2.44, "ess_min": 3.0}, "worth 3 independent ones.*up to 2.44.*41 % at best"),
+        ({"chains": 2, "samples": 500, "divergences": 7, "r_hat_max": 1.01, "ess_min": 400.0}, "7 draws of NUTS diverged"),
+    ],
+)
+def test_chains_that_do_not_mix_are_said(diagnostics, said):
+    found = quality.doubts_of_chains(diagnostics)
+    assert (not found) if said is None else len(found) == 1 and re.search(said, found[0])

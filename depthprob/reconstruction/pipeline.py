@@ -307,6 +307,7 @@ def reconstruct(
         *quality.doubts_of_estimators(depths.mean, gaussian_depth),
         *quality.doubts_of_settings(tested, config, float(np.median(depths.sd)), (n_atoms.max() - 1) * geometry.spacing),
         *quality.doubts_of_fit(joint, fit_quality, spread, config),
+        *quality.doubts_of_chains(result.diagnostics),
     ]
     expected = (rate + owed.change) / (dose * pixel**2)[:, None, None]
     joint_series = disc_averages(expected, positions, displacements, pixel, disc_radius(positions), periodic)

@@ -25,6 +25,7 @@ LEAST_LEAN = 0.1  # Å that the ends of a column lie aside of its middle, about 
 FIRST_ORDER_LEAN = 0.2  # Å likewise, from where a tilt is understated: of 10 mrad that move them by 0.18 Å nine tenths are asked for, of 20 two thirds (tests/benchmarks/wrong_settings.py)
 LEAST_STRETCH = 0.01  # of the lattice; particles are strained by less as a whole
 LEAST_MOVE = 0.03  # Å, of columns by a distorted scan
+MIXED, INDEPENDENT = 1.05, 100  # R-hat of chains that agree, and draws that tell an error bar to 7 %
 LEAST_EXPLAINED = 0.5  # of the misfit, by a setting that passes for its cause
 
 
@@ -241,6 +242,18 @@ def doubts_of_fit(joint: JointFit, fit_quality: np.ndarray, spread: Dispersion, 
         found.append(f"Intensities are {np.exp(log_gain):.3f} times the library's: check dose, gain and detector angles.")
     if library_sd > 0.1:
         found.append(f"The library's own Monte-Carlo error reaches {library_sd:.2f} Å of depth here; it is included in the error bars. More thermal configurations would lower it.")
+    return found
+
+
+def doubts_of_chains(diagnostics: dict) -> list[str]:
+    """Warnings of draws by NUTS that left their path, or that say too little for an error bar; of `Posterior.diagnostics`."""
+    found = []
+    if lost := diagnostics.get("divergences", 0):
+        found.append(f"{lost} draws of NUTS diverged: the posterior has places that it cannot reach, and error bars may be too small. Compare with method = \"laplace\", and leave out parameters that the data hardly tell (inference.free).")
+    r_hat, ess = diagnostics.get("r_hat_max", 1.0), diagnostics.get("ess_min", np.inf)
+    if r_hat > MIXED or ess < INDEPENDENT:
+        draws = diagnostics["samples"] * diagnostics["chains"]
+        found.append(f"{draws} draws of NUTS are worth {ess:.0f} independent ones for the parameter that mixes worst, and chains disagree by an R-hat of up to {r_hat:.2f} (wanted: {MIXED:g}): its error bar is known to {100 / np.sqrt(2 * ess):.0f} % at best. Raise inference.samples.")
     return found
 
 
