@@ -92,6 +92,13 @@ def test_what_pairs_share_is_worked_out_once_and_changes_nothing():
         assert all(abs(of([numbers])[numbers] - gram).max() < 1e-6 * abs(gram).max() for numbers, gram in together.items())  # single precision
 
 
+def test_still_atoms_lack_a_finite_image():
+    pair = crosstalk.prepare_pair(Column("He", 1, SPACING, 0.0), ENERGY, ANGLE, DETECTOR, 1.5)
+    within = crosstalk.between(pair, 0.0, 2)
+    alone = crosstalk.grams(pair, within, [(0.0, 0.0)], {(1,)})
+    assert np.isfinite(crosstalk.crosstalk(pair, within, 0.0, [(1, 1)], alone)[1, 1]).all()
+
+
 def test_many_pairs_lack_what_each_lacks_alone():
     """Through the few waves that the longest and the shortest lack, and through those that others are known to; where those are of no use, for all waves."""
     pair = prepared("Au", 2.04, 20 * SPACING)

@@ -116,7 +116,8 @@ def prepare_pair(column: Column, energy: float, convergence_angle: float, detect
     near = np.hypot(x, y) * cell / n < CORE
     x, y = x[near], y[near]
     coherence = _coherence(spectrum, x, y, float(rms_from_debye_waller_b(column.debye_waller_b)) / cell)
-    scattered = np.sqrt(np.diag(coherence).real)[:, None]
+    power = np.diag(coherence).real
+    scattered = np.sqrt(np.maximum(power, max(1e-6 * power.max(), 1e-30)))[:, None]  # still atoms scatter nothing diffusely
     functions, sizes, rows = np.linalg.svd(scattered * np.exp(2j * np.pi / n * (np.outer(x, jx) + np.outer(y, jy))), full_matrices=False)
     kept = sizes > FAINTEST * sizes[0]
     core = (sizes[:, None] * rows)[kept]
