@@ -178,7 +178,7 @@ def grown(share: dict[tuple[int, int], float], sizes: dict[tuple[int, int], floa
 
 
 def shares_of(kinds: set[tuple[int, int]]) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
-    """For each two numbers of atoms the pairs to work out and their weights: itself, or where that makes fewer pairs the `nodes` of both, to 5 % of what is lacking."""
+    """For each two numbers of atoms the pairs to work out and their weights: itself, or where that makes fewer pairs the `nodes` of both, to 16 % of what is lacking, halfway between numbers four apart."""
     between = {pair: {(a, b): u * v for a, u in nodes(pair[0]) for b, v in nodes(pair[1])} for pair in kinds}
     return between if len(set().union(*between.values())) < len(kinds) else {pair: {pair: 1.0} for pair in kinds}
 
