@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +77,20 @@ def test_numbers_between_which_pairs_are_interpolated_have_their_mean():
         assert np.array(list(of)).T @ list(of.values()) == pytest.approx(pair) and sum(of.values()) == pytest.approx(1)
     assert len(set().union(*shares.values())) < len(every) / 3
     assert superposition.shares_of({(30, 31)}) == {(30, 31): {(30, 31): 1.0}}
+
+
+def test_longer_columns_at_the_next_estimate_have_longer_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv("DEPTHPROB_CACHE", str(tmp_path))
+    walked = []
+    lacked = superposition.crosstalk.LowRank(np.ones(1), np.ones((1, 1), np.complex64))
+    monkeypatch.setattr(superposition.crosstalk, "prepare_pair", lambda *_: SimpleNamespace(waves=np.zeros((1, 2)), cell=10.0))
+    monkeypatch.setattr(superposition.crosstalk, "between", lambda _, below, steps, alone: walked.append((steps, alone)) or SimpleNamespace(alone=steps))
+    monkeypatch.setattr(superposition.crosstalk, "grams", lambda *_: {})
+    monkeypatch.setattr(superposition.crosstalk, "crosstalk_of_many", lambda _, within, below, wanted, *rest: dict.fromkeys(wanted, lacked))
+    shared, members = {}, np.zeros((1, 2), int)
+    for below, numbers, steps in ((0.0, (9, 9), 14), (2.04, (9, 9), 14), (0.0, (9, 8), 14), (0.0, (12, 12), 17)):
+        superposition.pair_grams(Config(), superposition.Neighbours(2.885, below, members), {numbers}, steps, shared)
+    assert walked == [(14, None), (14, 14), (17, None)]
 
 
 def test_what_pairs_lack_is_interpolated_in_size_by_powers():

@@ -38,7 +38,7 @@ FAINTEST = 0.05  # of the strongest combination of waves in the core, weighted b
 THERMAL_NODES = 7  # of each component of a displacement
 AT_ONCE = 32  # waves
 STRONG = 1e-4  # of the largest eigenvalue of what a pair lacks, below which others are left out
-RANGE = 1e-3  # of the strongest wave of those that landmarks lack, below which other pairs are taken not to lack it either
+RANGE = 1e-3  # of the strongest of the waves that some pairs are known to lack, below which others are taken not to lack one
 PROBES = 4  # waves outside, by which that is tested
 MISSED = 0.05  # of what a pair lacks, beyond which it is worked out for all waves
 

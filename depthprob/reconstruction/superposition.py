@@ -141,11 +141,12 @@ def pair_grams(config: Config, group: Neighbours, numbers: set[tuple[int, int]],
             shared[group.separation] = (model, {}, {})
         model, betweens, alone = shared[group.separation]
         stagger = round(group.below % float(column.spacing), 3)
-        if stagger not in betweens:
-            betweens[stagger] = crosstalk.between(model, group.below, steps, next((b.alone for b in betweens.values()), None))
-        alone |= crosstalk.grams(model, betweens[stagger], [(0.0, 0.0)], {(n,) for pair in missing for n in pair} - set(alone))
+        if (stagger, steps) not in betweens:
+            betweens[stagger, steps] = crosstalk.between(model, group.below, steps, next((b.alone for (_, s), b in betweens.items() if s == steps), None))
+        within = betweens[stagger, steps]
+        alone |= crosstalk.grams(model, within, [(0.0, 0.0)], {(n,) for pair in missing for n in pair} - set(alone))
         known = [crosstalk.LowRank(kept[key], kept[key.replace("values", "vectors")]) for key in kept if key.startswith("values_")]
-        for pair, lacked in crosstalk.crosstalk_of_many(model, betweens[stagger], group.below, missing, alone, known).items():
+        for pair, lacked in crosstalk.crosstalk_of_many(model, within, group.below, missing, alone, known).items():
             kept |= {f"values_{name(pair)}": lacked.values, f"vectors_{name(pair)}": lacked.vectors}
         kept |= {"waves": model.waves, "cell": model.cell}
         save_arrays(path, **kept)
