@@ -1,12 +1,16 @@
 """Columns drawn in windows, against the library's own Fourier sum."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from depthprob.physics.windows import draw_windows, overlap_windows, window_renderer
+from depthprob.physics.windows import draw_windows, overlap_windows, paint_windows, window_renderer
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 PIXEL, HALF = 0.4, 18
@@ -82,3 +86,26 @@ def test_overlaps_are_sums_over_the_windows_drawn(library):
     found = overlap_windows(jnp.asarray(layers, jnp.float32), jnp.asarray(n), jnp.asarray(z), jnp.asarray(offset), jnp.asarray(corners), variance, library, draw)
     expected, scale = np.einsum("ckyx,clyx->ckl", drawn, seen), np.sqrt(np.einsum("ckyx,ckyx->ck", drawn, drawn))
     assert (abs(np.asarray(found) - expected) < 1e-4 * scale[..., None]).all()
+
+
+def test_other_devices_paint_by_products_what_processors_paint_window_by_window(library, monkeypatch):
+    rng = np.random.default_rng(2)
+    n, z = rng.integers(0, 12, 150), rng.uniform(-110, 110, 150)  # some of no atoms
+    offset, corners, share = (HALF + rng.uniform(0, 1, (150, 2))) * PIXEL, rng.integers(0, 40, (150, 2)), rng.uniform(0.5, 1.5, 150)
+    draw, shape = window_renderer(library, PIXEL, HALF, 120.0), (70, 80)
+    given = (*(jnp.asarray(a) for a in (n, z, offset, corners)), jnp.float32(0.02), library, draw, shape, True, True, jnp.asarray(share))
+    drawn = np.asarray(draw_windows(jnp.maximum(n, 1), *given[1:3], *given[4:7], True)) * (share * (n > 0))[:, None, None, None]
+    expected = np.zeros((5, *shape))
+    for windows, (y, x) in zip(drawn, np.minimum(corners, np.array(shape) - (2 * HALF + 1)), strict=True):
+        expected[:, y : y + 2 * HALF + 1, x : x + 2 * HALF + 1] += windows
+    for platform in ("cpu", "default"):
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, own=platform, **ways: ways[own](*arrays))
+        painted = np.asarray(paint_windows.__wrapped__(*given))
+        assert (abs(painted - expected).max((1, 2)) < 2e-6 * abs(expected).max((1, 2))).all(), platform
+
+
+@pytest.mark.parametrize(("set_before", "then"), [(None, "highest"), ("high", "high")])
+def test_products_are_of_full_single_precision_unless_another_was_set(set_before, then):
+    own = {k: v for k, v in os.environ.items() if k != "JAX_DEFAULT_MATMUL_PRECISION"} | ({"JAX_DEFAULT_MATMUL_PRECISION": set_before} if set_before else {})
+    command = "import jax, depthprob.physics; print(jax.config.jax_default_matmul_precision)"
+    assert subprocess.run([sys.executable, "-c", command], env=own, capture_output=True, text=True, check=True).stdout.strip() == then

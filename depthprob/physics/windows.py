@@ -16,8 +16,11 @@ from jaxtyping import Array, Float, Int
 from .library import ColumnLibrary
 
 TOLERANCE = 5e-5  # largest error of a column's image in its window, of its peak
-BATCH = 64  # columns drawn at a time
+BATCH = 64  # columns that a processor draws at a time: they stay in its cache
+WIDE = 1024  # columns that a GPU draws at a time
 FINEST = 0.02  # Å between positions of a column that functions are tabulated at, and interpolated between by cubic Hermite polynomials
+# each kind of a column's windows as a sum of products of functions: (factor, image or its derivative by z, order of derivative along y, along x)
+KINDS = (((1.0, 0, 0, 0),), ((1.0, 1, 0, 0),), ((-1.0, 0, 0, 1),), ((-1.0, 0, 1, 0),), ((0.5, 0, 0, 2), (0.5, 0, 2, 0)))
 
 
 class WindowRenderer(NamedTuple):
@@ -91,8 +94,8 @@ def draw_windows(
     Kinds: the image; with derivatives also its derivatives by z = defocus - depth, x, y and, `widening_too`, source variance, by which it diffuses:
     half its Laplacian.
     """
-    one = _drawer(source_variance, library, draw, derivatives, widening_too)
-    return jax.lax.map(one, (n_atoms, z, offset), batch_size=BATCH)
+    factors = _factors(source_variance, library, draw, _orders(derivatives, widening_too))
+    return _in_batches(lambda at: _window(factors(*at), derivatives, widening_too), (n_atoms, z, offset))
 
 
 @partial(jax.jit, static_argnames=("shape", "derivatives", "widening_too"))
@@ -111,10 +114,16 @@ def paint_windows(
 ) -> Float[Array, "kind y x"]:
     """Sum of all columns' windows, each at its corner (y, x) on a canvas of that shape, or of a `share` of each; no windows of columns of no atoms.
 
-    `BATCH` columns at a time, a multiple of which there must be: they stay in the processor's cache.
+    A processor adds one window after another; elsewhere few large products make the whole canvas, for a thousand small steps would wait for each other.
     """
-    one = jax.vmap(_drawer(source_variance, library, draw, derivatives, widening_too))
+    factors = _factors(source_variance, library, draw, _orders(derivatives, widening_too))
     kinds, side = 1 + (3 + widening_too) * derivatives, draw.waves.shape[1]
+    corners = jnp.clip(corners, 0, np.array(shape) - side)
+    columns = n_atoms, z, offset, corners, ((n_atoms > 0) * (1.0 if share is None else share)).astype(jnp.float32)
+
+    def batches(columns, size):
+        more = -len(columns[0]) % size
+        return jax.tree.map(lambda a: jnp.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:]), columns)
 
     def add(canvas, item):
         window, corner = item
@@ -122,32 +131,20 @@ def paint_windows(
         seen = jax.lax.dynamic_slice(canvas, start, (kinds, side, side))
         return jax.lax.dynamic_update_slice(canvas, seen + window, start), None
 
-    def add_batch(canvas, batch):
+    def one_by_one(canvas, batch):
         n, z, offset, corners, share = batch
-        windows = one((jnp.maximum(n, 1), z, offset)) * share[:, None, None, None]
-        return jax.lax.scan(add, canvas, (windows, corners))
+        windows = jax.vmap(lambda *at: _window(factors(*at), derivatives, widening_too))(jnp.maximum(n, 1), z, offset)
+        return jax.lax.scan(add, canvas, (windows * share[:, None, None, None], corners))[0], None
 
-    batches = jax.tree.map(lambda a: a.reshape(-1, BATCH, *a.shape[1:]), (n_atoms, z, offset, corners, (n_atoms > 0) * (1.0 if share is None else share)))
-    return jax.lax.scan(add_batch, jnp.zeros((kinds, *shape), jnp.float32), batches)[0]
+    def all_at_once(canvas, batch):
+        n, z, offset, corners, share = batch
+        cores, uy, vx = jax.vmap(factors)(jnp.maximum(n, 1), z, offset)
+        rows, across = (_placed(a, corner, size) for a, corner, size in zip((uy, vx), corners.T, shape, strict=True))
+        product = lambda factor, c, y, x: jnp.einsum("cyl,cxl->yx", rows[:, y] @ (cores[c] * (factor * share)[:, None, None]), across[:, x])
+        return canvas + jnp.stack([sum(product(*term) for term in kind) for kind in KINDS[:kinds]]), None
 
-
-def _drawer(source_variance: Float[Array, ""], library: ColumnLibrary, draw: WindowRenderer, derivatives: bool, widening_too: bool):
-    """What draws one column (n, z, offset) in its window."""
-    tables = _tables(source_variance, draw, 2 + (1 + widening_too) * derivatives)
-
-    def one(at):
-        n, z, offset = at
-        core, moved = _cores(n, z, library, draw)
-        vx, uy = (_between(table, position, draw) for table, position in zip(tables, offset, strict=True))
-        if not derivatives:
-            return (uy[0] @ (core @ vx[0].T))[None]
-        across = core @ vx[0].T
-        kinds = [uy[0] @ across, uy[0] @ (moved @ vx[0].T), -uy[0] @ (core @ vx[1].T), -uy[1] @ across]
-        if widening_too:
-            kinds.append((uy[0] @ (core @ vx[2].T) + uy[2] @ across) / 2)
-        return jnp.stack(kinds)
-
-    return one
+    painted = lambda step, size: lambda columns: jax.lax.scan(step, jnp.zeros((kinds, *shape), jnp.float32), batches(columns, size))[0]
+    return jax.lax.platform_dependent(columns, cpu=painted(one_by_one, BATCH), default=painted(all_at_once, min(WIDE, len(n_atoms))))
 
 
 @partial(jax.jit, static_argnames=("widening_too",))
@@ -166,22 +163,17 @@ def overlap_windows(
 
     No window is drawn: layers are projected on the functions of y and x, at a quarter of the cost.
     """
-    tables = _tables(source_variance, draw, 3 + widening_too)
-    side = draw.waves.shape[1]
+    factors, side = _factors(source_variance, library, draw, _orders(True, widening_too)), draw.waves.shape[1]
 
     def one(at):
-        n, z, offset, corner = at
-        core, moved = _cores(n, z, library, draw)
-        vx, uy = (_between(table, position, draw) for table, position in zip(tables, offset, strict=True))
+        *own, corner = at
+        cores, uy, vx = factors(*own)
         seen = jax.lax.dynamic_slice(layers, (0, corner[0], corner[1]), (len(layers), side, side))
         along_y = [jnp.einsum("yk,ayx->akx", u, seen) for u in uy]
-        of = lambda y, x: along_y[y] @ vx[x]  # orders of the derivatives
-        kinds = [(core, of(0, 0)), (moved, of(0, 0)), (core, -of(0, 1)), (core, -of(1, 0))]
-        if widening_too:
-            kinds.append((core, (of(0, 2) + of(2, 0)) / 2))
-        return jnp.stack([jnp.einsum("kl,akl->a", c, p) for c, p in kinds])
+        overlap = lambda factor, c, y, x: factor * jnp.einsum("kl,akl->a", cores[c], along_y[y] @ vx[x])
+        return jnp.stack([sum(overlap(*term) for term in kind) for kind in KINDS[: 4 + widening_too]])
 
-    return jax.lax.map(one, (n_atoms, z, offset, corners), batch_size=BATCH)
+    return _in_batches(one, (n_atoms, z, offset, corners))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -214,10 +206,40 @@ def _painted_backwards(shape, widening_too, given, slope):
 painted_image.defvjp(_painted_forwards, _painted_backwards)
 
 
-def _cores(n: Array, z: Array, library: ColumnLibrary, draw: WindowRenderer) -> tuple[Float[Array, "k l"], Float[Array, "k l"]]:
-    """A column's image in the functions of y and x, and its derivative by z."""
-    weights, slopes = jax.jvp(lambda z: library.weights(n[None], z[None])[0], (z,), (jnp.ones_like(z),))
-    return tuple(jnp.tensordot(w.astype(jnp.float32), draw.cores, 1) for w in (weights, slopes))
+def _orders(derivatives: bool, widening_too: bool) -> int:
+    """Of derivatives by place that the kinds need, the function itself among them."""
+    return 1 + (1 + widening_too) * derivatives
+
+
+def _in_batches(one, arrays):
+    """`one` of every row, as many at a time as suit the device."""
+    of = lambda size: lambda arrays: jax.lax.map(one, arrays, batch_size=size)
+    return jax.lax.platform_dependent(arrays, cpu=of(BATCH), default=of(WIDE))
+
+
+def _factors(source_variance: Float[Array, ""], library: ColumnLibrary, draw: WindowRenderer, orders: int):
+    """What makes, for one column, its image and that one's derivative by z in the functions of y and x, and these functions and their derivatives in its window."""
+    tables = _tables(source_variance, draw, orders + 1)
+
+    def one(n, z, offset):
+        weights, slopes = jax.jvp(lambda z: library.weights(n[None], z[None])[0], (z,), (jnp.ones_like(z),))
+        vx, uy = (_between(table, position, draw) for table, position in zip(tables, offset, strict=True))
+        return tuple(jnp.tensordot(w.astype(jnp.float32), draw.cores, 1) for w in (weights, slopes)), uy, vx
+
+    return one
+
+
+def _window(factors, derivatives: bool, widening_too: bool) -> Float[Array, "kind w w"]:
+    cores, uy, vx = factors
+    product = lambda factor, c, y, x: factor * (uy[y] @ (cores[c] @ vx[x].T))
+    return jnp.stack([sum(product(*term) for term in kind) for kind in KINDS[: 1 + (3 + widening_too) * derivatives]])
+
+
+def _placed(functions: Float[Array, "column order w k"], first: Int[Array, " column"], size: int) -> Float[Array, "column order size k"]:
+    """Functions along the canvas, zero outside their columns' windows."""
+    at = jnp.arange(size) - first[:, None]
+    inside = (at >= 0) & (at < functions.shape[2])
+    return jnp.take_along_axis(functions, jnp.clip(at, 0, functions.shape[2] - 1)[:, None, :, None], 2) * inside[:, None, :, None]
 
 
 def _tables(source_variance: Float[Array, ""], draw: WindowRenderer, orders: int) -> list[Float[Array, "position order w k"]]:
