@@ -112,3 +112,14 @@ def test_curves_over_the_histogram_hold_as_many_columns_as_its_bars():
     total = next(line for line in ax.lines if line.get_label() == "fitted mixture")
     bars = sum(bar.get_height() * bar.get_width() for bar in ax.patches)
     assert np.trapezoid(total.get_ydata(), total.get_xdata()) == pytest.approx(bars, rel=0.02)  # tails beyond the axis
+
+
+def test_thousands_of_columns_taken_together_in_bins_are_fitted_as_each_for_itself(monkeypatch):
+    rng = np.random.default_rng(3)
+    n = rng.choice([3, 4, 5, 6], 3000, p=[0.1, 0.4, 0.3, 0.2])
+    cross_section = 0.02 * n * (1 + 0.04 * rng.normal(size=len(n)))
+    together = gaussian_mixture_counts(cross_section, 5)
+    monkeypatch.setattr("depthprob.reconstruction.counting.BINS", len(n))
+    alone = gaussian_mixture_counts(cross_section, 5)
+    assert np.array_equal(together.n, alone.n) and together.components == alone.components == 4
+    assert np.allclose(together.icl, alone.icl, atol=0.5)

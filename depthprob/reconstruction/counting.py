@@ -11,6 +11,7 @@ from scipy.special import logsumexp
 
 SCATTERS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.45)  # of cross-sections, in what one atom more adds
 SHRINK = 1.0  # columns that every atom number has beside those counted: mean shares, had all shares been equally likely before; half as many made counts too sure
+BINS = 1000  # of a mixture's first fits; more columns than these are taken together with their neighbours there
 ODD = 0.05  # share of columns that are none of the library's, such as single atoms on their way over a support
 
 
@@ -136,6 +137,7 @@ def gaussian_mixture_counts(cross_section: np.ndarray, max_components: int = 15,
     and the fit with one component less, its widest gap filled or its heaviest component split.
     """
     x = np.asarray(cross_section, float)
+    each, binned = _moments(x), _moments(x, BINS)
     rng = np.random.default_rng(0)
     fits: list[Components] = []
     for k in range(1, max(1, min(max_components, len(x))) + 1):
@@ -147,8 +149,8 @@ def gaussian_mixture_counts(cross_section: np.ndarray, max_components: int = 15,
             widest = np.argmax(np.diff(edges))
             starts.append(np.append(means, edges[widest : widest + 2].mean()))
             starts.append(np.append(np.delete(means, heaviest), means[heaviest] + width * np.array([-1, 1])))
-        rough = max((_expectation_maximisation(x, _begin(x, means, dose), 0.1) for means in starts), key=lambda f: f.log_likelihood)
-        fits.append(_expectation_maximisation(x, rough, 1e-3))
+        rough = max((_expectation_maximisation(binned, _begin(x, means, dose), 0.1) for means in starts), key=lambda f: f.log_likelihood)
+        fits.append(_expectation_maximisation(each, _expectation_maximisation(binned, rough, 1e-3), 1e-3))
     icl = np.array([integrated_classification_likelihood(x, fit) for fit in fits])
     components = int(np.argmin(icl)) + 1
     return Mixture(probabilities(x, fits[components - 1]).argmax(1) + 1, icl, tuple(fits), components)
@@ -164,9 +166,9 @@ def count_by_hybrid(cross_section: np.ndarray, library: np.ndarray, dose: float 
     """
     x = np.asarray(cross_section, float)
     logs = np.linspace(-2.5, 2.5, 61) * scale_sd
-    fits = [_begin(x, library, dose)]
+    fits, each = [_begin(x, library, dose)], _moments(x)
     for log in logs:  # each from the last one's shares and width
-        fits.append(_expectation_maximisation(x, fits[-1]._replace(means=np.exp(log) * library), 0.01, SHRINK))
+        fits.append(_expectation_maximisation(each, fits[-1]._replace(means=np.exp(log) * library), 0.01, SHRINK))
     fits = fits[1:]
     log_p = np.array([fit.log_likelihood for fit in fits]) - 0.5 * (logs / scale_sd) ** 2
     weight = np.exp(log_p - logsumexp(log_p))
@@ -201,12 +203,23 @@ def _begin(x: np.ndarray, means: np.ndarray, dose: float) -> Components:
     return Components(means, np.full(len(means), 1 / len(means)), np.ptp(x) / (4 * len(means)), dose, -np.inf)
 
 
-def _expectation_maximisation(x: np.ndarray, fit: Components, tolerance: float, shrink: float | None = None, iterations: int = 500) -> Components:
-    """Components from starting ones, until the log-likelihood grows by less than `tolerance`; with `shrink` the means stay, and each share is that of so many more columns.
+def _moments(x: np.ndarray, bins: int | None = None) -> np.ndarray:
+    """Number, sum and sum of squares (3, B) of the values x (N,) in each of so many bins of equal width, empty ones left out; of each value, where there are no more of them or no bins."""
+    powers = np.stack([np.ones_like(x), x, x**2])
+    if bins is None or len(x) <= bins:
+        return powers
+    of = np.minimum((x - x.min()) / max(np.ptp(x), 1e-30) * bins, bins - 1).astype(int)
+    sums = np.stack([np.bincount(of, power, bins) for power in powers])
+    return sums[:, sums[0] > 0]
+
+
+def _expectation_maximisation(sums: np.ndarray, fit: Components, tolerance: float, shrink: float | None = None, iterations: int = 500) -> Components:
+    """Components from starting ones and `_moments` of the values, those of a bin belonging to components as their mean does, until the log-likelihood grows by less than `tolerance`; with `shrink` the means stay, and each share is that of so many more columns.
 
     The common variance s of components of variance v_k = s + mean_k / dose takes Fisher's scoring step: the mean of each component's
     excess over Poisson's variance, weighted by (its columns) / v_k^2, which without a dose is the usual maximisation.
     """
+    number, x = sums[0], sums[1] / sums[0]
     powers = np.stack([np.ones_like(x), x, x**2], 1)
     floor = 2e-3 * abs(x).max()  # two equal values would otherwise pull the width to zero
     fit = fit._replace(width=max(fit.width, floor), log_likelihood=-np.inf)
@@ -216,12 +229,12 @@ def _expectation_maximisation(x: np.ndarray, fit: Components, tolerance: float, 
         highest = log_p.max(1)
         p = np.exp(log_p - highest[:, None])
         total = p.sum(1)
-        log_likelihood = float((highest + np.log(total)).sum())
+        log_likelihood = float(number @ (highest + np.log(total)))
         settled = abs(log_likelihood - fit.log_likelihood) < tolerance
         fit = fit._replace(log_likelihood=log_likelihood)
         if settled:
             break
-        share, first, second = (powers / total[:, None]).T @ p
+        share, first, second = (sums / total) @ p
         share = share + 1e-12
         if shrink is None:
             means = first / share

@@ -3,7 +3,7 @@
     python tests/benchmarks/whole_particles.py FOLDER [CASE | FILE.npz ...]
 
 A case is a particle cut from a crystal that ase builds, carried through full frozen-phonon multislice (`simulate_particle`, minutes a thermal configuration on one
-core; its sums are kept in FOLDER, from which an interrupted run goes on), with drift and Poisson noise, then reconstructed from its counts alone. FOLDER/CASE.npz
+core; its sums are kept in FOLDER, from which an interrupted run goes on; one case by abtem's potentials and propagation), with drift and Poisson noise, then reconstructed from its counts alone. FOLDER/CASE.npz
 is laid out as the packaged stack; other such files, of gold at the paper's settings, are scored too. Default: all cases, the packaged particle and nanorod.
 
 Prints one JSON object a case, and one of all columns together: columns found and with the right count; rms depth error, its part by the data's own finite number
@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from ase.lattice.cubic import BodyCenteredCubic, Diamond, FaceCenteredCubic
+from scipy.fft import next_fast_len
 from scipy.ndimage import fourier_shift
 from tqdm import tqdm
 
@@ -29,10 +30,12 @@ from depthprob.config import config_from_dict  # noqa: E402
 from depthprob.data import make_nanorod  # noqa: E402
 from depthprob.data.make_nanorod import columns_of  # noqa: E402
 from depthprob.io import Stack  # noqa: E402
+from depthprob.physics.electron import wavelength  # noqa: E402
 from depthprob.physics.gram import default_sampling  # noqa: E402
-from depthprob.physics.particle import images_from_gram, simulate_particle  # noqa: E402
+from depthprob.physics.particle import hermitian_product, images_from_gram, simulate_particle  # noqa: E402
 from depthprob.reconstruction.libraries import column_geometry, detector_of, microscope_of  # noqa: E402
 from depthprob.reconstruction.pipeline import reconstruct  # noqa: E402
+from depthprob.storage import load_checkpoint, save_checkpoint  # noqa: E402
 
 ALONG = {(0, 0, 1): [[1, 0, 0], [0, 1, 0], [0, 0, 1]], (1, 1, 0): [[0, 0, 1], [1, -1, 0], [1, 1, 0]], (1, 1, 1): [[1, -1, 0], [1, 1, -2], [1, 1, 1]]}
 CRYSTALS = {"fcc": FaceCenteredCubic, "bcc": BodyCenteredCubic, "diamond": Diamond}
@@ -56,6 +59,8 @@ class Case:
         Of its middle from a column [Å].
     mirrored : bool
         Whether the particle is its own mirror image in y, so that each configuration counts twice.
+    sampling : float, optional
+        Of abtem's grid [Å], which then carries the waves in our place.
     """
 
     specimen: dict
@@ -66,6 +71,7 @@ class Case:
     slope: tuple[float, float] = (0.8, -0.5)
     off: tuple[float, float] = (0.4, 0.3)
     mirrored: bool = False
+    sampling: float | None = None
     microscope: dict = dataclasses.field(default_factory=dict)
     detector: dict = dataclasses.field(default_factory=dict)
     pixel: float = 0.3
@@ -88,6 +94,9 @@ CASES = {
     "tungsten_001": Case(
         {"element": "W", "structure": "bcc", "lattice_constant_A": 3.165, "debye_waller_B_A2": 0.16}, 6.0, 30.0, 8, slope=(-1.0, 0.6),
         detector={"inner_mrad": 50.0, "outer_mrad": 140.0},
+    ),
+    "gold_110_abtem": Case(
+        {"zone_axis": [1, 1, 0]}, 5.6, 40.0, 8, vacuum=2.6, slope=(-0.9, 0.7), off=(1.0, 0.2), sampling=0.04, detector={"inner_mrad": 48.0, "outer_mrad": 120.0}, pixel=0.25,
     ),
     "silver_001": Case({"element": "Ag", "lattice_constant_A": 4.086, "debye_waller_B_A2": 0.75}, 6.4, 34.0, 8, slope=(0.3, 1.2), detector={"inner_mrad": 48.0, "outer_mrad": 120.0}),
 }
@@ -131,6 +140,46 @@ def gram_of(case: Case, checkpoint: Path, tilt: tuple[float, float] = (0.0, 0.0)
     return halves, waves
 
 
+def gram_by_abtem(case: Case, checkpoint: Path) -> tuple[np.ndarray, np.ndarray]:
+    """As `gram_of`, the atoms' potentials and every wave's way through them by abtem: what is shared is which waves and angles count, and what images are made of their Gram matrix.
+
+    Displacements are independent; potentials are exponentiated on a finer grid, where abtem's are near their limit (as in test_against_abtem.py).
+    """
+    import abtem
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from test_against_abtem import planes_of_abtem
+
+    abtem.config.set({"diagnostics.progress_bar": False, "precision": "float32", "fftw.threads": 1})
+    config, atoms = case.config(case.pixel), atoms_of(case)
+    lens, detector, side, lam = microscope_of(config), detector_of(config), case.side, wavelength(config.microscope.energy_keV * 1e3)
+    atoms[:, 2] = atoms[:, 2].round(3)
+    n = next_fast_len(int(np.ceil(side / case.sampling)))
+    frequency = np.fft.fftfreq(n, 1 / n).round().astype(int)
+    sensitivity = detector.sensitivity(frequency[:, None] / side * lam * 1e3, frequency / side * lam * 1e3, lam * 1e3 / side)
+    detected = np.flatnonzero(sensitivity)
+    inside = np.hypot(frequency[:, None], frequency) / side < lens.convergence_angle * 1e-3 / lam + 0.5 / side
+    waves = frequency[np.stack(np.nonzero(inside), 1)]
+    along_x, along_y = (np.exp(2j * np.pi * np.outer(waves[:, axis], np.arange(n)) / n) for axis in (0, 1))
+    entrance = np.exp(-1j * np.pi * lam * (waves**2).sum(1) / side**2 * atoms[:, 2].min()) / n**2
+    saved = load_checkpoint(checkpoint) or {"total": np.zeros((2, len(waves), len(waves)), complex), "done": 0}
+    total, rms = saved["total"], np.sqrt(config.specimen.debye_waller_b / (8 * np.pi**2))
+    for i in tqdm(range(int(saved["done"]), case.configurations), desc="whole particle by abtem", unit="configuration"):
+        moved = atoms + np.random.default_rng([7, i]).normal(0, rms, atoms.shape) * [1, 1, 0]
+        planes = planes_of_abtem(moved, config.specimen.element, (side, side), (n, n), lens.energy, 4, "lobato")
+        seen = np.empty((len(waves), len(detected)), np.complex64)
+        for part in np.array_split(np.arange(len(waves)), len(waves) // 16):
+            incident = (entrance[part, None, None] * along_x[part, :, None] * along_y[part, None]).astype(np.complex64)
+            here = abtem.waves.Waves(incident, energy=lens.energy, extent=(side, side), ensemble_axes_metadata=[abtem.core.axes.UnknownAxis()])
+            propagator, band = abtem.multislice.FresnelPropagator(), abtem.antialias.AntialiasAperture()
+            for k in range(len(planes)):
+                here = abtem.multislice.conventional_multislice_step(here, planes.get_chunk(k, k + 1), propagator, band)
+            seen[part] = np.fft.fft2(here.array).reshape(len(part), -1)[:, detected] * np.sqrt(sensitivity.ravel()[detected])
+        total[i % 2] += hermitian_product(seen)
+        save_checkpoint(checkpoint, total=total, done=i + 1)
+    return total / np.maximum([(case.configurations + 1) // 2, case.configurations // 2], 1)[:, None, None], waves
+
+
 def simulate(case: Case, name: str, folder: Path) -> Path:
     """Write FOLDER/NAME.npz."""
     path, pixels = folder / f"{name}.npz", round(case.side / case.pixel)
@@ -139,7 +188,7 @@ def simulate(case: Case, name: str, folder: Path) -> Path:
     pixel = case.side / pixels
     config, atoms = case.config(pixel), atoms_of(case)
     lens, foci, cell = microscope_of(config), np.asarray(config.focal_series.defocus), (case.side, case.side)
-    halves, waves = gram_of(case, folder / f"{name}_gram.npz")
+    halves, waves = (gram_by_abtem if case.sampling else gram_of)(case, folder / f"{name}_gram.npz")
     rng = np.random.default_rng(len(atoms))
     drift = np.cumsum(rng.normal(0, 0.15, (len(foci), 2)), 0)
     drift -= drift.mean(0)
