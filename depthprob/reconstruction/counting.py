@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 SCATTERS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.45)  # of cross-sections, in what one atom more adds
+FAR = 6.0  # standard deviations, beyond which a library's cross-section is none of a column's
 SHRINK = 1.0  # columns that every atom number has beside those counted: mean shares, had all shares been equally likely before; half as many made counts too sure
 BINS = 1000  # of a mixture's first fits; more columns than these are taken together with their neighbours there
 ODD = 0.05  # share of columns that are none of the library's, such as single atoms on their way over a support
@@ -105,7 +106,7 @@ def count_by_library(cross_section: np.ndarray, sd: np.ndarray, library: np.ndar
     if scale_sd:
         factors = np.exp(np.linspace(-3, 3, 121) * scale_sd)
         gap = np.log(np.gradient(library)) if len(library) > 1 else np.zeros(1)
-        scale = max(factors, key=lambda s: max(_log_density_of_scale(cross_section, sd, s, t, library, gap) for t in SCATTERS) - (np.log(s) / scale_sd) ** 2 / 2)
+        scale = max(factors, key=lambda s: max(_log_densities_of_scale(cross_section, sd, s, library, gap)) - (np.log(s) / scale_sd) ** 2 / 2)
     distance = cross_section[:, None] - scale * library
     nearest = np.min(abs(distance), 1)
     scatter = 1.4826 * np.median(nearest / cross_section)
@@ -114,11 +115,24 @@ def count_by_library(cross_section: np.ndarray, sd: np.ndarray, library: np.ndar
     return Counts(np.argmin(abs(distance), 1) + 1, np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True)), float(scale))
 
 
-def _log_density_of_scale(cross_section: np.ndarray, sd: np.ndarray, scale: float, scatter: float, library: np.ndarray, log_gap: np.ndarray) -> float:
-    """Log-density of all cross-sections under scaled library values, blurred by errors and by a scatter in median gaps; some are odd."""
-    total = np.hypot(sd, scatter * scale * np.exp(np.median(log_gap)))[:, None]
-    each = _log_density(cross_section, scale * library, scale * np.exp(log_gap), total)
-    return float(np.logaddexp(np.log(1 - ODD) + logsumexp(each, axis=1), np.log(ODD)).sum())
+def _log_densities_of_scale(cross_section: np.ndarray, sd: np.ndarray, scale: float, library: np.ndarray, log_gap: np.ndarray) -> list[float]:
+    """Log-density of all cross-sections under scaled library values, blurred by errors and, for each of `SCATTERS`, by so many median gaps; some are odd.
+
+    Of an ascending library those values within `FAR` standard deviations of each column.
+    """
+    scatters = np.array(SCATTERS) * scale * np.exp(np.median(log_gap))
+    reach = 1 + int(np.ceil(FAR * np.hypot(sd.max(), scatters.max()) / (scale * np.exp(log_gap.min()))))
+    first = np.clip(np.searchsorted(scale * library, cross_section) - reach, 0, max(len(library) - 2 * reach, 0))
+    near = first[:, None] + np.arange(min(2 * reach, len(library)))
+    distance, log_gap = cross_section[:, None] - scale * library[near], log_gap[near] + np.log(scale)
+    found = []
+    for scatter in scatters:
+        total = np.hypot(sd, scatter)[:, None]
+        each = log_gap - np.log(np.sqrt(2 * np.pi) * total) - 0.5 * (distance / total) ** 2
+        highest = each.max(1)
+        known = highest + np.log(np.exp(each - highest[:, None]).sum(1))
+        found.append(float(np.logaddexp(np.log(1 - ODD) + known, np.log(ODD)).sum()))
+    return found
 
 
 def _log_density(x: np.ndarray, means: np.ndarray, weights: np.ndarray, widths: np.ndarray) -> np.ndarray:
