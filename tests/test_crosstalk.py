@@ -109,7 +109,7 @@ def test_many_pairs_lack_what_each_lacks_alone():
     matrix = lambda lacked: (lacked.vectors * lacked.values) @ lacked.vectors.conj().T
     found = many(wanted)
     again = many({(3, 3)}, [found[5, 5], found[2, 2]])
-    of_no_use = many({(3, 3)}, [crosstalk.LowRank(np.array([1.0]), np.eye(len(pair.waves), 1).astype(np.complex64))])
+    of_no_use = many({(3, 3)}, [crosstalk.PairGram(np.array([1.0]), np.eye(len(pair.waves), 1).astype(np.complex64), pair.waves, pair.cell)])
     assert set(found) == wanted
     for numbers, lacked in (*found.items(), *again.items()):
         assert np.linalg.norm(matrix(lacked) - exact[numbers]) < crosstalk.MISSED * np.linalg.norm(exact[numbers]), numbers

@@ -14,9 +14,10 @@ from scipy.interpolate import CubicSpline
 from depthprob.config import Config, config_from_dict
 from depthprob.inference import likelihood, local
 from depthprob.inference.likelihood import make_problem
+from depthprob.physics.crosstalk import PairGram
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.physics.optics import Microscope
-from depthprob.physics.pair_images import PLANES, PairGram, pair_images, pair_library
+from depthprob.physics.pair_images import PLANES, pair_images, pair_library
 from depthprob.physics.particle import focal_spectra, images_from_gram, source_damping
 from depthprob.physics.windows import window_renderer
 from depthprob.reconstruction import superposition
@@ -82,7 +83,7 @@ def test_numbers_between_which_pairs_are_interpolated_have_their_mean():
 def test_longer_columns_at_the_next_estimate_have_longer_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("DEPTHPROB_CACHE", str(tmp_path))
     walked = []
-    lacked = superposition.crosstalk.LowRank(np.ones(1), np.ones((1, 1), np.complex64))
+    lacked = PairGram(np.ones(1), np.ones((1, 1), np.complex64), np.zeros((1, 2)), 10.0)
     monkeypatch.setattr(superposition.crosstalk, "prepare_pair", lambda *_: SimpleNamespace(waves=np.zeros((1, 2)), cell=10.0))
     monkeypatch.setattr(superposition.crosstalk, "between", lambda _, below, steps, alone: walked.append((steps, alone)) or SimpleNamespace(alone=steps))
     monkeypatch.setattr(superposition.crosstalk, "grams", lambda *_: {})

@@ -58,6 +58,7 @@ CLASSES = 4  # window sizes per series
 AMPLITUDE, MOVES = slice(0, 1), slice(1, 4)  # of a column's windows: the image itself, its derivatives by z = defocus - depth, x and y
 SIGNS = np.array([1.0, -1.0, 1.0, 1.0, 1.0])
 MOSTLY = 0.7  # of what a step lacks is a few columns' doing, and not an old Fisher matrix's
+SLOW = 0.5  # of the squared distance to the maximum left by a step: more, and a new Fisher matrix is cheaper than steps by the old one
 CLOSE = 0.03  # standard deviations, root mean square over parameters, from the maximum: near enough
 
 
@@ -615,7 +616,7 @@ class _At(NamedTuple):
 def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, close: float = CLOSE, max_iterations: int = 20, before: Mode | None = None) -> Mode:
     """Joint maximum to `close` standard deviations, root mean square over parameters.
 
-    The Fisher matrix, the dear part, is kept as long as steps predict their gain well: from the mode `before` atom numbers were mended, too. (One from a
+    The Fisher matrix, as dear as a dozen steps, is kept as long as steps predict their gain well or still halve the distance: from the mode `before` atom numbers were mended, too. (One from a
     part of the images only is no substitute: common moves of all positions, soft against the image shifts, then never come to rest.) Where few columns
     lead astray, such as thin ones far from their place, they are held back while the others go on.
     """
@@ -638,17 +639,20 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
 
     move = lambda at, step: look(_plain(from_vector(to_vector(at.parameters, problem) + step, problem)))
     factor, damping, limit = before.curvature if before else None, 1e-6, most
-    here, converged, iteration = look(parameters), False, 0
+    here, newton, away, lagging, converged, iteration = look(parameters), np.zeros(len(names)), np.inf, False, False, 0
     for iteration in progress(range(max_iterations), desc="joint fit", unit="step"):
+        if factor is not None:
+            newton = processes.of_first(factor.solve(here.slope))
+            factor = None if lagging and newton @ here.slope > SLOW * away else factor
         if factor is None:
             matrix = select(information(here.parameters, problem, here.rate), problem)
             factor = ArrowFactor(plus_diagonal(matrix, prior + damping * _diagonal(matrix), gauge(problem)))
-        newton = processes.of_first(factor.solve(here.slope))
+            newton = processes.of_first(factor.solve(here.slope))
         step = np.clip(newton, -limit, limit)
         moved = move(here, step)
         # for a quadratic the slope predicts twice the gain, which is half the squared distance to the maximum in standard deviations
         expected, gained, away = processes.of_first((float(step @ here.slope) / 2, moved.value - here.value, float(newton @ here.slope)))
-        limit = np.minimum(2 * limit, most)
+        limit, lagging = np.minimum(2 * limit, most), False
         if gained < 0.5 * expected:
             # what each column's gain, by the trapezoidal rule, lacks of what was expected
             lacks = np.maximum(0, np.bincount(column, (-step * moved.slope)[: len(column)]))
@@ -658,8 +662,10 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
                 held = np.pad(astray[column], (0, len(step) - len(column)))
                 limit = np.where(held, abs(step) / 4, limit)
                 moved = moved if gained > 0 else move(here, np.where(held, 0.0, step))
-            if not few or moved.value <= here.value:
-                factor, damping = None, min(100.0, 30 * damping) if gained < 0 else damping / 3
+            better = moved.value > here.value
+            lagging, factor = better and not few, factor if better else None
+            if lagging or not better:
+                damping = min(100.0, 30 * damping) if gained < 0 else damping / 3
         here = max(here, moved, key=lambda at: at.value)
         if away < close**2 * len(step):
             converged = True

@@ -418,14 +418,20 @@ def crosstalk(
     return {n: whole - between(moved(alone[n[:1]], pair, -half, 0.0) + moved(alone[n[1:]], pair, half, below)) for n, whole in both.items()}
 
 
-class LowRank(NamedTuple):
-    """A Hermitian matrix: sum of values (r,) times vectors (K, r)."""
+class PairGram(NamedTuple):
+    """What a pair lacks: sum of values (r,) times vectors (K, r), for waves (K, 2) in units of 1 / cell."""
 
     values: np.ndarray
     vectors: np.ndarray
+    waves: np.ndarray
+    cell: float
+
+    @property
+    def matrix(self) -> Complex[np.ndarray, "K K"]:
+        return (self.vectors * self.values) @ self.vectors.conj().T
 
 
-def crosstalk_of_many(pair: Pair, within: Between, below: float, wanted: set[Numbers], alone: dict[Numbers, np.ndarray], known: Iterable[LowRank] = ()) -> dict[Numbers, LowRank]:
+def crosstalk_of_many(pair: Pair, within: Between, below: float, wanted: set[Numbers], alone: dict[Numbers, np.ndarray], known: Iterable[PairGram] = ()) -> dict[Numbers, PairGram]:
     """`crosstalk` of pairs that lack much the same: most of them for the few waves that `known` ones lack, the longest and the shortest of others for all waves.
 
     How much they lack of other waves is estimated from a few random ones (Halko, Martinsson & Tropp, SIAM Review 53, 217 (2011), section 4.3); pairs that lack
@@ -436,14 +442,14 @@ def crosstalk_of_many(pair: Pair, within: Between, below: float, wanted: set[Num
         found |= _within_range(pair, within, below, wanted, alone, known)
     while rest := wanted - set(found):
         ends = {min(rest, key=sum), max(rest, key=sum)}
-        found |= {n: _strongest(gram, np.eye(len(gram))) for n, gram in crosstalk(pair, within, below, ends, alone).items()}
+        found |= {n: _strongest(pair, gram, np.eye(len(gram))) for n, gram in crosstalk(pair, within, below, ends, alone).items()}
         known += [found[n] for n in ends]
         if rest - ends:
             found |= _within_range(pair, within, below, rest - ends, alone, known)
     return found
 
 
-def _within_range(pair: Pair, within: Between, below: float, wanted: set[Numbers], alone: dict[Numbers, np.ndarray], known: list[LowRank]) -> dict[Numbers, LowRank]:
+def _within_range(pair: Pair, within: Between, below: float, wanted: set[Numbers], alone: dict[Numbers, np.ndarray], known: list[PairGram]) -> dict[Numbers, PairGram]:
     """Those of the pairs `wanted` that lack hardly more waves than the `known` ones do."""
     left, sizes, _ = np.linalg.svd(np.concatenate([some.vectors * (some.values / abs(some.values).max()) for some in known], 1), full_matrices=False)
     waves = left[:, sizes > RANGE * sizes[0]]
@@ -452,11 +458,11 @@ def _within_range(pair: Pair, within: Between, below: float, wanted: set[Numbers
     others = np.linalg.qr(others - waves @ (waves.conj().T @ others))[0]
     lacking = crosstalk(pair, within, below, wanted, alone, np.concatenate([waves, others], 1).astype(np.complex64))
     missed = {n: np.sqrt(2 * (total - k) / PROBES) * np.linalg.norm(gram[k:, :k]) / np.linalg.norm(gram[:k, :k]) for n, gram in lacking.items()}
-    return {n: _strongest(gram[:k, :k], waves) for n, gram in lacking.items() if missed[n] < MISSED}
+    return {n: _strongest(pair, gram[:k, :k], waves) for n, gram in lacking.items() if missed[n] < MISSED}
 
 
-def _strongest(gram: np.ndarray, waves: np.ndarray) -> LowRank:
-    """Of a Hermitian matrix between waves (K, w)."""
+def _strongest(pair: Pair, gram: np.ndarray, waves: np.ndarray) -> PairGram:
+    """Of a Hermitian matrix between these combinations (K, w) of the pair's waves."""
     values, vectors = np.linalg.eigh(gram)
     strong = abs(values) > STRONG * abs(values).max()
-    return LowRank(values[strong], (waves @ vectors[:, strong]).astype(np.complex64))
+    return PairGram(values[strong], (waves @ vectors[:, strong]).astype(np.complex64), pair.waves, pair.cell)

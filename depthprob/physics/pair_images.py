@@ -10,6 +10,7 @@ import scipy.fft
 from jaxtyping import Float
 from scipy.sparse.linalg import svds
 
+from .crosstalk import PairGram
 from .electron import wavelength
 from .library import ColumnLibrary, natural_spline
 from .optics import Microscope
@@ -18,19 +19,6 @@ from .particle import focal_damping, probe_amplitudes, source_damping
 PLANES = 10.0  # Å between planes that images are interpolated from: 1e-4 of the largest pixel
 MOST, FAINTEST = 80, 1e-4  # images that all are sums of: how many at most, and how strong the least, of the strongest
 RIM = 0.3  # Å within which images fade out before they meet those of the next cell
-
-
-class PairGram(NamedTuple):
-    """What a pair lacks: sum of values times vectors, for waves in units of 1 / cell."""
-
-    values: np.ndarray
-    vectors: np.ndarray
-    waves: np.ndarray
-    cell: float
-
-    @property
-    def matrix(self) -> np.ndarray:
-        return (self.vectors * self.values) @ self.vectors.conj().T
 
 
 class PairImages(NamedTuple):

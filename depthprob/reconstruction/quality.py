@@ -253,7 +253,8 @@ def doubts_of_chains(diagnostics: dict) -> list[str]:
     r_hat, ess = diagnostics.get("r_hat_max", 1.0), diagnostics.get("ess_min", np.inf)
     if r_hat > MIXED or ess < INDEPENDENT:
         draws = diagnostics["samples"] * diagnostics["chains"]
-        found.append(f"{draws} draws of NUTS are worth {ess:.0f} independent ones for the parameter that mixes worst, and chains disagree by an R-hat of up to {r_hat:.2f} (wanted: {MIXED:g}): its error bar is known to {100 / np.sqrt(2 * ess):.0f} % at best. Raise inference.samples.")
+        disagree = f", and chains disagree by an R-hat of up to {r_hat:.2f} (wanted: {MIXED:g})" if np.isfinite(r_hat) else ""
+        found.append(f"{draws} draws of NUTS are worth {ess:.0f} independent ones for the parameter that mixes worst{disagree}: its error bar is known to {100 / np.sqrt(2 * ess):.0f} % at best. Raise inference.samples.")
     return found
 
 

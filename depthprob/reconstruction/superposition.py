@@ -15,11 +15,12 @@ from ..inference import local
 from ..inference.arrow import ArrowFactor
 from ..inference.likelihood import Problem, field_of, from_vector, to_vector
 from ..physics import crosstalk
+from ..physics.crosstalk import PairGram
 from ..physics.focal_series import Field, FocalSeries, defocus_minus_depth
 from ..physics.gram import has_full_symmetry
 from ..physics.library import is_round
 from ..physics.optics import Microscope
-from ..physics.pair_images import PairGram, pair_images, pair_library
+from ..physics.pair_images import pair_images, pair_library
 from ..physics.windows import window_renderer
 from ..storage import load_checkpoint, save_arrays
 from .joint import JointFit
@@ -145,7 +146,7 @@ def pair_grams(config: Config, group: Neighbours, numbers: set[tuple[int, int]],
             betweens[stagger, steps] = crosstalk.between(model, group.below, steps, next((b.alone for (_, s), b in betweens.items() if s == steps), None))
         within = betweens[stagger, steps]
         alone |= crosstalk.grams(model, within, [(0.0, 0.0)], {(n,) for pair in missing for n in pair} - set(alone))
-        known = [crosstalk.LowRank(kept[key], kept[key.replace("values", "vectors")]) for key in kept if key.startswith("values_")]
+        known = [PairGram(kept[key], kept[key.replace("values", "vectors")], model.waves, model.cell) for key in kept if key.startswith("values_")]
         for pair, lacked in crosstalk.crosstalk_of_many(model, within, group.below, missing, alone, known).items():
             kept |= {f"values_{name(pair)}": lacked.values, f"vectors_{name(pair)}": lacked.vectors}
         kept |= {"waves": model.waves, "cell": model.cell}
