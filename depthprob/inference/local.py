@@ -58,7 +58,7 @@ CLASSES = 4  # window sizes per series
 AMPLITUDE, MOVES = slice(0, 1), slice(1, 4)  # of a column's windows: the image itself, its derivatives by z = defocus - depth, x and y
 SIGNS = np.array([1.0, -1.0, 1.0, 1.0, 1.0])
 MOSTLY = 0.7  # of what a step lacks is a few columns' doing, and not an old Fisher matrix's
-SLOW = 0.5  # of the squared distance to the maximum left by a step: more, and a new Fisher matrix is cheaper than steps by the old one
+DEAR = 12  # steps that a Fisher matrix costs
 CLOSE = 0.03  # standard deviations, root mean square over parameters, from the maximum: near enough
 
 
@@ -616,7 +616,7 @@ class _At(NamedTuple):
 def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, close: float = CLOSE, max_iterations: int = 20, before: Mode | None = None) -> Mode:
     """Joint maximum to `close` standard deviations, root mean square over parameters.
 
-    The Fisher matrix, as dear as a dozen steps, is kept as long as steps predict their gain well or still halve the distance: from the mode `before` atom numbers were mended, too. (One from a
+    The Fisher matrix is kept as long as steps predict their gain well, or are fewer at their present pace than the `DEAR` ones it costs: from the mode `before` atom numbers were mended, too. (One from a
     part of the images only is no substitute: common moves of all positions, soft against the image shifts, then never come to rest.) Where few columns
     lead astray, such as thin ones far from their place, they are held back while the others go on.
     """
@@ -639,11 +639,13 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
 
     move = lambda at, step: look(_plain(from_vector(to_vector(at.parameters, problem) + step, problem)))
     factor, damping, limit = before.curvature if before else None, 1e-6, most
-    here, newton, away, lagging, converged, iteration = look(parameters), np.zeros(len(names)), np.inf, False, False, 0
+    here, newton, away, iteration = look(parameters), np.zeros(len(names)), np.inf, 0
+    lagging = converged = False
     for iteration in progress(range(max_iterations), desc="joint fit", unit="step"):
         if factor is not None:
             newton = processes.of_first(factor.solve(here.slope))
-            factor = None if lagging and newton @ here.slope > SLOW * away else factor
+            left = newton @ here.slope
+            factor = None if lagging and np.log(left / (close**2 * len(names))) > DEAR * np.log(away / left) else factor
         if factor is None:
             matrix = select(information(here.parameters, problem, here.rate), problem)
             factor = ArrowFactor(plus_diagonal(matrix, prior + damping * _diagonal(matrix), gauge(problem)))

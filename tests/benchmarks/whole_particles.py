@@ -96,7 +96,7 @@ CASES = {
         detector={"inner_mrad": 50.0, "outer_mrad": 140.0},
     ),
     "gold_110_abtem": Case(
-        {"zone_axis": [1, 1, 0]}, 5.6, 40.0, 8, vacuum=2.6, slope=(-0.9, 0.7), off=(1.0, 0.2), sampling=0.04, detector={"inner_mrad": 48.0, "outer_mrad": 120.0}, pixel=0.25,
+        {"zone_axis": [1, 1, 0]}, 5.6, 40.0, 24, vacuum=2.6, slope=(-0.9, 0.7), off=(1.0, 0.2), sampling=0.04, detector={"inner_mrad": 48.0, "outer_mrad": 120.0}, pixel=0.25,
     ),
     "silver_001": Case({"element": "Ag", "lattice_constant_A": 4.086, "debye_waller_B_A2": 0.75}, 6.4, 34.0, 8, slope=(0.3, 1.2), detector={"inner_mrad": 48.0, "outer_mrad": 120.0}),
 }
