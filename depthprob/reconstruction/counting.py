@@ -121,7 +121,7 @@ def _log_densities_of_scale(cross_section: np.ndarray, sd: np.ndarray, scale: fl
     Of an ascending library those values within `FAR` standard deviations of each column.
     """
     scatters = np.array(SCATTERS) * scale * np.exp(np.median(log_gap))
-    reach = 1 + int(np.ceil(FAR * np.hypot(sd.max(), scatters.max()) / (scale * np.exp(log_gap.min()))))
+    reach = 1 + int(np.fmin(np.ceil(FAR * np.hypot(sd.max(), scatters.max()) / (scale * np.exp(log_gap.min()))), len(library)))
     first = np.clip(np.searchsorted(scale * library, cross_section) - reach, 0, max(len(library) - 2 * reach, 0))
     near = first[:, None] + np.arange(min(2 * reach, len(library)))
     distance, log_gap = cross_section[:, None] - scale * library[near], log_gap[near] + np.log(scale)
