@@ -86,8 +86,10 @@ def work(columns: int, chosen: list[str], kept: str) -> None:
 
     if "JAX_NUM_PROCESSES" in os.environ:
         processes.join()
-    times, results = {}, {}
-    for name, (part, compared) in parts(columns).items():
+    times, results, every = {}, {}, parts(columns)
+    if unknown := set(chosen) - set(every):
+        raise SystemExit(f"no parts {sorted(unknown)}; there are {list(every)}")
+    for name, (part, compared) in every.items():
         if chosen and name not in chosen:
             continue
         part()

@@ -162,7 +162,10 @@ def gram_by_abtem(case: Case, checkpoint: Path) -> tuple[np.ndarray, np.ndarray]
     waves = frequency[np.stack(np.nonzero(inside), 1)]
     along_x, along_y = (np.exp(2j * np.pi * np.outer(waves[:, axis], np.arange(n)) / n) for axis in (0, 1))
     entrance = np.exp(-1j * np.pi * lam * (waves**2).sum(1) / side**2 * atoms[:, 2].min()) / n**2
-    saved = load_checkpoint(checkpoint) or {"total": np.zeros((2, len(waves), len(waves)), complex), "done": 0}
+    settings = repr(dataclasses.replace(case, configurations=0))
+    saved = load_checkpoint(checkpoint) or {"total": np.zeros((2, len(waves), len(waves)), complex), "done": 0, "settings": settings}
+    if str(saved.get("settings")) != settings:
+        raise SystemExit(f"{checkpoint} holds sums of another case ({saved.get('settings')}) than {settings}. Delete it to start afresh.")
     total, rms = saved["total"], np.sqrt(config.specimen.debye_waller_b / (8 * np.pi**2))
     for i in tqdm(range(int(saved["done"]), case.configurations), desc="whole particle by abtem", unit="configuration"):
         moved = atoms + np.random.default_rng([7, i]).normal(0, rms, atoms.shape) * [1, 1, 0]
@@ -176,7 +179,7 @@ def gram_by_abtem(case: Case, checkpoint: Path) -> tuple[np.ndarray, np.ndarray]
                 here = abtem.multislice.conventional_multislice_step(here, planes.get_chunk(k, k + 1), propagator, band)
             seen[part] = np.fft.fft2(here.array).reshape(len(part), -1)[:, detected] * np.sqrt(sensitivity.ravel()[detected])
         total[i % 2] += hermitian_product(seen)
-        save_checkpoint(checkpoint, total=total, done=i + 1)
+        save_checkpoint(checkpoint, total=total, done=i + 1, settings=settings)
     return total / np.maximum([(case.configurations + 1) // 2, case.configurations // 2], 1)[:, None, None], waves
 
 
