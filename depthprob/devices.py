@@ -19,6 +19,13 @@ def filled(n: int, batch: int = 1) -> int:
     return -(-n // part) * part
 
 
+def rounded(n: int, batch: int = 1) -> int:
+    """As `filled`, one of four lengths an octave: what is compiled for some serves a few more."""
+    batches = -(-n // batch)
+    step = 1 << max(0, batches.bit_length() - 3)
+    return filled(-(-batches // step) * step * batch, batch)
+
+
 def _row(most: int | None = None) -> Mesh:
     return Mesh(np.array(jax.local_devices()[:most]), ("device",))
 

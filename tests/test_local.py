@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 def few_window_sizes(monkeypatch):
     """Each is compiled anew."""
     monkeypatch.setattr(local, "CLASSES", 2)
+    monkeypatch.setattr(local, "COLUMNS_A_CLASS", 50)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["open", "periodic"])
@@ -109,6 +110,23 @@ def test_rates_score_and_information_are_those_of_the_dense_likelihood(problem):
     covariance = np.linalg.inv(fisher + gauge + 1e-9 * np.diag(np.diag(fisher)))
     step = covariance @ (own - score) / np.sqrt(np.diag(covariance))
     assert abs(step[columns]).max() < 0.1
+
+
+def test_a_few_columns_more_and_depths_a_little_different_compile_nothing_anew(library):
+    defocus, flat = np.array([-60.0, 60.0]), np.ones(2)
+    series = FocalSeries(defocus, 0.4, 9612.0 * flat, (20, 450), False)
+
+    def compiled(columns: int, depth: float):
+        positions = np.stack([2.5 + 2.7 * np.arange(columns), np.full(columns, 4.0)], 1)
+        field = Field(positions, np.full(columns, 5), np.linspace(-depth, depth, columns), 2e-3 * flat, flat, np.zeros((2, 2)))
+        problem = make_problem(np.ones((2, 20, 450)), field, library, series, ("positions",), dense=False)
+        local.evaluate(problem.start, problem)
+        narrow = local.plan_windows(library, series, np.asarray(field.depths), local.DIM)
+        return [f._cache_size() for f in (local._paint_spread, local._overlap_spread)], [a.shape for w in narrow for a in w.draw]
+
+    of_50, of_57, of_65 = compiled(50, 4.0), compiled(57, 3.0), compiled(65, 3.0)
+    assert of_57 == of_50
+    assert of_65[0] > of_50[0]  # two batches
 
 
 def test_information_does_not_depend_on_the_bands(problem, monkeypatch):

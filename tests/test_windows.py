@@ -88,13 +88,28 @@ def test_overlaps_are_sums_over_the_windows_drawn(library):
     assert (abs(np.asarray(found) - expected) < 1e-4 * scale[..., None]).all()
 
 
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_columns_of_no_atoms_show_nothing_and_leave_others_as_they_are(library, monkeypatch, platform):
+    rng = np.random.default_rng(3)
+    n = np.where(np.arange(200) // 64 == 1, 0, rng.integers(0, 3, 200))  # a whole batch of none, and some between others
+    offset, corners, layers = (HALF + rng.uniform(0, 1, (200, 2))) * PIXEL, rng.integers(0, 20, (200, 2)), rng.normal(size=(1, 60, 60))
+    given = (*(jnp.asarray(a) for a in (rng.uniform(-110, 110, 200), offset)), jnp.float32(0.0), library, window_renderer(library, PIXEL, HALF, 120.0))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **ways: ways[platform](*arrays))
+    drawn = lambda n: np.asarray(draw_windows.__wrapped__(jnp.asarray(n), *given, True))
+    overlaps = lambda n: np.asarray(overlap_windows.__wrapped__(jnp.asarray(layers, jnp.float32), jnp.asarray(n), *given[:2], jnp.asarray(corners), *given[2:]))
+    for seen in (drawn, overlaps):
+        some, full = seen(n), seen(np.maximum(n, 1))
+        assert not some[n == 0].any() and full[n == 0].any()
+        np.testing.assert_allclose(some[n > 0], full[n > 0], rtol=1e-5, atol=1e-6 * abs(full).max())
+
+
 def test_other_devices_paint_by_products_what_processors_paint_window_by_window(library, monkeypatch):
     rng = np.random.default_rng(2)
     n, z = rng.integers(0, 12, 150), rng.uniform(-110, 110, 150)  # some of no atoms
     offset, corners, share = (HALF + rng.uniform(0, 1, (150, 2))) * PIXEL, rng.integers(0, 40, (150, 2)), rng.uniform(0.5, 1.5, 150)
     draw, shape = window_renderer(library, PIXEL, HALF, 120.0), (70, 80)
     given = (*(jnp.asarray(a) for a in (n, z, offset, corners)), jnp.float32(0.02), library, draw, shape, True, True, jnp.asarray(share))
-    drawn = np.asarray(draw_windows(jnp.maximum(n, 1), *given[1:3], *given[4:7], True)) * (share * (n > 0))[:, None, None, None]
+    drawn = np.asarray(draw_windows(*given[:3], *given[4:7], True)) * share[:, None, None, None]
     expected = np.zeros((5, *shape))
     for windows, (y, x) in zip(drawn, np.minimum(corners, np.array(shape) - (2 * HALF + 1)), strict=True):
         expected[:, y : y + 2 * HALF + 1, x : x + 2 * HALF + 1] += windows

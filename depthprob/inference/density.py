@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from ..physics.focal_series import background_images, counts_per_fraction, displaced
 from ..physics.windows import BATCH, WindowRenderer, painted_image
+from . import local
 from .likelihood import DARKEST, PER_IMAGE, Problem, field_of, from_vector, log_prior, places
-from .local import windows_about
 
 ROOM = 0.5  # pixels that a column moves from the mode before its window follows
 
@@ -45,7 +45,7 @@ class WindowedField(eqx.Module):
 def windowed(parameters: dict, problem: Problem) -> WindowedField:
     """For parameters near those given."""
     at = places(parameters, problem.series)
-    windows = windows_about(parameters, problem, ROOM)
+    windows = local.windows_about(parameters, problem, ROOM, local.CLASSES)  # however few columns: a sampler asks thousands of times
     return WindowedField(problem, jnp.asarray(at / problem.series.pixel_size), tuple(_Class(jnp.asarray(w.images), w.draw, w.half) for w in windows))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import processes
-from ..devices import SPREAD, WHOLE, filled, on_all, spread
+from ..devices import SPREAD, WHOLE, filled, on_all, rounded, spread
 from ..physics.focal_series import FocalSeries, background_images, from_middle, smooth_functions
 from ..physics.library import ColumnLibrary
 from ..physics.windows import BATCH, WindowRenderer, draw_windows, overlap_windows, paint_windows, window_renderer
@@ -54,7 +54,8 @@ DIM = 1e-2  # of a column's peak, to where its derivatives enter Fisher informat
 BAND = 3e8  # bytes that the products of tiles may hold at a time
 TILE = 8  # pixels; the columns that reach a tile are gathered for one matrix product
 MEMBERS = 8  # of a tile, filled up to a multiple
-CLASSES = 4  # window sizes per series
+CLASSES = 4  # window sizes per series, at most
+COLUMNS_A_CLASS = 700  # compiling for one window size more takes seconds: so many columns win them back
 AMPLITUDE, MOVES = slice(0, 1), slice(1, 4)  # of a column's windows: the image itself, its derivatives by z = defocus - depth, x and y
 SIGNS = np.array([1.0, -1.0, 1.0, 1.0, 1.0])
 MOSTLY = 0.7  # of what a step lacks is a few columns' doing, and not an old Fisher matrix's
@@ -103,34 +104,29 @@ def window_radius(library: ColumnLibrary, z: float, faint: float = FAINT) -> flo
     return min(largest, library.pixel * min(n_x, n_y) / 2)
 
 
-def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray, faint: float = FAINT, room: float = 0.0) -> list[Window]:
-    """Group images by the size of window that the farthest column from each focus needs; `room` as of `window_renderer`."""
-    defocus = np.asarray(series.defocus)
-    farthest = np.maximum(abs(defocus - np.min(depths)), abs(defocus - np.max(depths))) + 5.0
-    ends = np.linspace(0, farthest.max(), CLASSES + 1)[1:]
+def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray, faint: float = FAINT, margin: float = 5.0, room: float = 0.0, classes: int | None = None) -> list[Window]:
+    """Group images by the size of window that the farthest column from each focus needs, for depths that move by `margin` Å; `room` as of `window_renderer`."""
+    defocus, classes = np.asarray(series.defocus), classes or min(CLASSES, 1 + len(depths) // COLUMNS_A_CLASS)
+    farthest = np.maximum(abs(defocus - np.min(depths)), abs(defocus - np.max(depths))) + margin
+    ends = np.linspace(0, 10 * np.ceil(farthest.max() / 10), classes + 1)[1:]  # depths a little different ask for the same windows, as do half widths rounded to even ones
     found = []
     for low, high in zip([-1.0, *ends[:-1]], ends, strict=True):
         images = np.flatnonzero((farthest > low) & (farthest <= high * (1 + 1e-9)))
         if len(images):
-            half = int(np.ceil(window_radius(library, high, faint) / series.pixel_size)) + 1
+            half = 2 * int(np.ceil(window_radius(library, high, faint) / series.pixel_size / 2)) + 2
             found.append(Window(images, half, window_renderer(library, series.pixel_size, half, high, room)))
     return found
 
 
-def windows_about(parameters: dict, problem: Problem, room: float = 0.0) -> list[Window]:
+def windows_about(parameters: dict, problem: Problem, room: float = 0.0, classes: int | None = None) -> list[Window]:
     """Windows that serve while depths move by 30 Å: what they cut off goes to the backgrounds, so a fit keeps them from its first step to its last."""
-    depth = np.asarray(parameters["depth"])
-    return plan_windows(problem.library, problem.series, np.array([depth.min() - 30, depth.max() + 30]), room=room)
+    return plan_windows(problem.library, problem.series, np.asarray(parameters["depth"]), margin=30.0, room=room, classes=classes)
 
 
-@partial(jax.jit, static_argnames=("derivatives", "widening_too"))
-def _draw_spread(n_atoms, z, offset, source_variance, library, draw, derivatives: bool, widening_too: bool) -> Float[Array, "column kind w w"]:
-    """Windows of all columns; of columns of no atoms, zero."""
-
-    def own(n_atoms, z, offset, source_variance, library, draw):
-        drawn = draw_windows(jnp.maximum(n_atoms, 1), z, offset, source_variance, library, draw, derivatives, widening_too)
-        return drawn * (n_atoms > 0)[:, None, None, None]
-
+@partial(jax.jit, static_argnames=("widening_too",))
+def _draw_spread(n_atoms, z, offset, source_variance, library, draw, widening_too: bool) -> Float[Array, "column kind w w"]:
+    """Windows of all columns, with derivatives."""
+    own = lambda *columns: draw_windows(*columns, True, widening_too)
     return spread(own, (SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE))(n_atoms, z, offset, source_variance, library, draw)
 
 
@@ -145,7 +141,7 @@ def _paint_spread(n_atoms, z, offset, corners, source_variance, library, draw, s
 @partial(jax.jit, static_argnames=("widening_too",))
 def _overlap_spread(layers, n_atoms, z, offset, corners, source_variance, library, draw, widening_too: bool) -> Float[Array, "column kind layer"]:
     """Overlaps of all columns' windows with the layers."""
-    own = lambda layers, n, *rest: overlap_windows(layers, jnp.maximum(n, 1), *rest, widening_too)
+    own = lambda *columns: overlap_windows(*columns, widening_too)
     specs = (WHOLE, SPREAD, SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE)
     return spread(own, specs)(layers, n_atoms, z, offset, corners, source_variance, library, draw)
 
@@ -173,7 +169,7 @@ def _place(parameters: dict, problem: Problem, i: int, half: int, pad: int) -> _
     nominal = np.asarray(series.defocus)
     focus = float(parameters["focus_offset"]) + nominal.mean() + float(parameters["focus_step"]) * (nominal[i] - nominal.mean())
     placed = _Placed(np.ascontiguousarray((first + pad)[:, ::-1]), at - first * px, focus - np.asarray(parameters["depth"]))
-    more = filled(len(at), BATCH) - len(at)
+    more = rounded(len(at), BATCH) - len(at)
     return _Placed(*(np.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)) for a in placed))
 
 
@@ -205,10 +201,10 @@ def _columns_of(parameters: dict, problem: Problem, placed: _Placed) -> tuple[Ar
     return (*(jnp.asarray(a) for a in (n, placed.z, placed.offsets, placed.corners)), jnp.asarray(parameters["source_variance"], jnp.float32))
 
 
-def _draw(parameters: dict, problem: Problem, window: Window, placed: _Placed, derivatives: bool) -> Float[Array, "column kind w w"]:
-    """Windows of all columns in one image; of those that fill up, zero."""
+def _draw(parameters: dict, problem: Problem, window: Window, placed: _Placed) -> Float[Array, "column kind w w"]:
+    """Windows of all columns in one image, with derivatives; of those that fill up, zero."""
     n, z, offsets, _, variance = _columns_of(parameters, problem, placed)
-    return _draw_spread(n, z, offsets, variance, problem.library, window.draw, derivatives, "source_variance" in problem.free)
+    return _draw_spread(n, z, offsets, variance, problem.library, window.draw, "source_variance" in problem.free)
 
 
 def rates(parameters: dict, problem: Problem, windows: list[Window] | None = None) -> np.ndarray:
@@ -227,13 +223,14 @@ def signals(parameters: dict, problem: Problem, windows: list[Window]) -> np.nda
 
 
 class _Image(NamedTuple):
-    """One image: where its columns stand, electrons per unit of their signal, and the expected counts of signal, background and both (ny, nx)."""
+    """One image: where its columns stand, electrons per unit of their signal, and the expected counts of signal, background and both (ny, nx), and of the signal's derivatives by z, x, y and so on, if asked for."""
 
     placed: _Placed
     unit: float
     signal: np.ndarray
     dark: np.ndarray
     rate: np.ndarray
+    slopes: list[np.ndarray]
 
 
 def _painted(parameters: dict, problem: Problem, window: Window, placed: _Placed, pad: int, derivatives: bool, share: np.ndarray | None = None) -> Float[np.ndarray, "kind y x"]:
@@ -254,13 +251,13 @@ def _unit(parameters: dict, problem: Problem, i: int) -> float:
     return _electrons(problem.series, i) * float(np.exp(parameters["log_gain"][i]))
 
 
-def _image(parameters: dict, problem: Problem, i: int, window: Window, pad: int) -> _Image:
+def _image(parameters: dict, problem: Problem, i: int, window: Window, pad: int, derivatives: bool = False) -> _Image:
     series, unit = problem.series, _unit(parameters, problem, i)
     placed = _place(parameters, problem, i, window.half, pad)
-    signal = unit * _painted(parameters, problem, window, placed, pad, False)[0]
+    signal, *slopes = unit * _painted(parameters, problem, window, placed, pad, derivatives)
     own = field_of({name: value[i : i + 1] if name in PER_IMAGE else value for name, value in parameters.items()}, problem.n_atoms)
     dark = np.broadcast_to(_electrons(series, i) * np.asarray(background_images(own, series)[0], float), signal.shape)
-    return _Image(placed, unit, signal, dark, np.maximum(signal + dark, DARKEST))
+    return _Image(placed, unit, signal, dark, np.maximum(signal + dark, DARKEST), slopes)
 
 
 def _over_columns(parameters: dict, problem: Problem, image: _Image, window: Window, layers: np.ndarray, pad: int) -> Float[np.ndarray, "column kind layer"]:
@@ -332,7 +329,7 @@ def evaluate(
         Changes of the expected counts, for `Sums.along`.
     """
     parameters = _plain(parameters)
-    windows = windows or plan_windows(problem.library, problem.series, parameters["depth"])
+    windows = windows or windows_about(parameters, problem)
     n_columns, n_foci, shape = len(problem.n_atoms), len(problem.series.defocus), problem.series.shape
     names = per_image(problem)
     variance = float(problem.read_variance)
@@ -351,7 +348,7 @@ def evaluate(
         if not derivatives:
             continue
         changes = np.stack([counts - image.rate, *(c[i] for c in directions)]) * _precision(image.rate, problem, i)
-        by_column = _over_columns(parameters, problem, image, window, changes, pad)
+        by_column = np.concatenate([_over_columns(parameters, problem, image, window, change[None], pad) for change in changes], -1)  # compiled for one layer
         for name, sums in zip(PER_COLUMN, _by_position(by_column[:, MOVES], parameters, i).swapaxes(0, 1), strict=True):
             along[name] += sums
         # what moves all columns alike sums over them
@@ -433,7 +430,7 @@ def column_information(
         total = jnp.zeros((len(members), n_kinds * members.shape[1], n_kinds * members.shape[1]), jnp.float32)
         for i in window.images.tolist():
             placed = _place(sub, small, i, window.half, pad)
-            drawn = on_all(_by_position(np.asarray(_draw(sub, small, window, placed, kinds == MOVES))[:, kinds], sub, i))
+            drawn = on_all(_by_position(np.asarray(_draw(sub, small, window, placed))[:, kinds], sub, i))
             weight = np.pad(_unfold(_precision(rate[i].astype(float), problem, i)[None] * (scale[i] * gain[i]) ** 2, pad, periodic)[0], [(0, TILE), (0, TILE)])
             if periodic:  # count each pixel once: only the image itself
                 weight[:pad], weight[pad + ny :], weight[:, :pad], weight[:, pad + nx :] = 0, 0, 0, 0
@@ -546,8 +543,8 @@ def information(parameters: dict, problem: Problem, rate: np.ndarray, progress: 
     border, corner = np.zeros((3, n_columns, columns.corner.shape[0])), np.zeros_like(columns.corner)
     shapes, levers = _smooth_shapes(parameters, problem), _levers(parameters, problem)
     for window, i in _own_images(windows, range(n_foci)):
-        image = _image(parameters, problem, i, window, pad)
-        by_z, by_x, by_y, *by_variance = image.unit * _painted(parameters, problem, window, image.placed, pad, True)[1:]
+        image = _image(parameters, problem, i, window, pad, derivatives=True)
+        by_z, by_x, by_y, *by_variance = image.slopes
         by_variance = by_variance or [np.zeros_like(by_z)]
         leant = [image.unit * _painted(parameters, problem, window, image.placed, pad, True, lever)[2:4] for lever in levers.T]
         by_distortion = [of_lever[k] for k in range(2) for of_lever in leant]
@@ -626,7 +623,7 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
     most = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in names])
     column = np.array([c for name, c in names if name in PER_COLUMN])
     if not np.any(parameters["depth"]):
-        windows = plan_windows(problem.library, problem.series, np.array([-70.0, 70.0]))
+        windows = plan_windows(problem.library, problem.series, parameters["depth"], margin=70.0)
         tried = [parameters | {"depth": parameters["depth"] + d} for d in np.arange(-60, 61, 20.0)]
         parameters = max(progress(tried, desc="common depth", unit="depth"), key=lambda p: evaluate(p, problem, windows, np.arange(len(problem.series.defocus))[::4], derivatives=False).log_likelihood)
     windows = windows_about(parameters, problem)
@@ -711,7 +708,7 @@ def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | N
     its change, which for a few counts mended by one atom is a few per cent.
     """
     parameters = _plain(parameters)
-    windows = plan_windows(problem.library, problem.series, parameters["depth"])
+    windows = windows_about(parameters, problem)
     pad = _widest(windows)
     score, rate = np.zeros(len(problem.n_atoms)), np.zeros(problem.counts.shape, np.float32)
     for window, i in _own_images(windows, range(len(rate))):

@@ -89,13 +89,13 @@ def draw_windows(
     derivatives: bool,
     widening_too: bool = True,
 ) -> Float[Array, "column kind w w"]:
-    """Fraction of the beam of each column in its own window, float32, the column at `offset` (x, y) [Å] from the centre of the first pixel, near the middle.
+    """Fraction of the beam of each column in its own window, float32, the column at `offset` (x, y) [Å] from the centre of the first pixel, near the middle; of columns of no atoms, zero.
 
     Kinds: the image; with derivatives also its derivatives by z = defocus - depth, x, y and, `widening_too`, source variance, by which it diffuses:
     half its Laplacian.
     """
     factors = _factors(source_variance, library, draw, _orders(derivatives, widening_too))
-    return _in_batches(lambda at: _window(factors(*at), derivatives, widening_too), (n_atoms, z, offset))
+    return _in_batches(lambda *at: _window(factors(*at), derivatives, widening_too), (n_atoms, z, offset))
 
 
 @partial(jax.jit, static_argnames=("shape", "derivatives", "widening_too"))
@@ -121,10 +121,6 @@ def paint_windows(
     corners = jnp.clip(corners, 0, np.array(shape) - side)
     columns = n_atoms, z, offset, corners, ((n_atoms > 0) * (1.0 if share is None else share)).astype(jnp.float32)
 
-    def batches(columns, size):
-        more = -len(columns[0]) % size
-        return jax.tree.map(lambda a: jnp.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:]), columns)
-
     def add(canvas, item):
         window, corner = item
         start = (0, corner[0], corner[1])
@@ -132,9 +128,12 @@ def paint_windows(
         return jax.lax.dynamic_update_slice(canvas, seen + window, start), None
 
     def one_by_one(canvas, batch):
-        n, z, offset, corners, share = batch
-        windows = jax.vmap(lambda *at: _window(factors(*at), derivatives, widening_too))(jnp.maximum(n, 1), z, offset)
-        return jax.lax.scan(add, canvas, (windows * share[:, None, None, None], corners))[0], None
+        def painted(canvas):
+            n, z, offset, corners, share = batch
+            windows = jax.vmap(lambda *at: _window(factors(*at), derivatives, widening_too))(jnp.maximum(n, 1), z, offset)
+            return jax.lax.scan(add, canvas, (windows * share[:, None, None, None], corners))[0]
+
+        return jax.lax.cond((batch[0] > 0).any(), painted, lambda canvas: canvas, canvas), None
 
     def all_at_once(canvas, batch):
         n, z, offset, corners, share = batch
@@ -143,7 +142,7 @@ def paint_windows(
         product = lambda factor, c, y, x: jnp.einsum("cyl,cxl->yx", rows[:, y] @ (cores[c] * (factor * share)[:, None, None]), across[:, x])
         return canvas + jnp.stack([sum(product(*term) for term in kind) for kind in KINDS[:kinds]]), None
 
-    painted = lambda step, size: lambda columns: jax.lax.scan(step, jnp.zeros((kinds, *shape), jnp.float32), batches(columns, size))[0]
+    painted = lambda step, size: lambda columns: jax.lax.scan(step, jnp.zeros((kinds, *shape), jnp.float32), _batches(columns, size))[0]
     return jax.lax.platform_dependent(columns, cpu=painted(one_by_one, BATCH), default=painted(all_at_once, min(WIDE, len(n_atoms))))
 
 
@@ -159,15 +158,14 @@ def overlap_windows(
     draw: WindowRenderer,
     widening_too: bool = True,
 ) -> Float[Array, "column kind layer"]:
-    """Sums over every column's window, its corner (y, x) somewhere on the layers, of each kind of `draw_windows`, derivatives too, times each layer.
+    """Sums over every column's window, its corner (y, x) somewhere on the layers, of each kind of `draw_windows`, derivatives too, times each layer; of columns of no atoms, zero.
 
     No window is drawn: layers are projected on the functions of y and x, at a quarter of the cost.
     """
     factors, side = _factors(source_variance, library, draw, _orders(True, widening_too)), draw.waves.shape[1]
 
-    def one(at):
-        *own, corner = at
-        cores, uy, vx = factors(*own)
+    def one(n, z, offset, corner):
+        cores, uy, vx = factors(n, z, offset)
         seen = jax.lax.dynamic_slice(layers, (0, corner[0], corner[1]), (len(layers), side, side))
         along_y = [jnp.einsum("yk,ayx->akx", u, seen) for u in uy]
         overlap = lambda factor, c, y, x: factor * jnp.einsum("kl,akl->a", cores[c], along_y[y] @ vx[x])
@@ -197,8 +195,8 @@ def _painted_forwards(*given):
 
 
 def _painted_backwards(shape, widening_too, given, slope):
-    n_atoms, z, offset, _, variance, _, _ = given
-    sums = overlap_windows(slope[None], jnp.maximum(n_atoms, 1), *given[1:], widening_too)[:, 1:, 0] * (n_atoms > 0)[:, None]
+    _, z, offset, _, variance, _, _ = given
+    sums = overlap_windows(slope[None], *given, widening_too)[:, 1:, 0]
     by_variance = sums[:, 3].sum() if widening_too else 0.0
     return None, sums[:, 0].astype(z.dtype), sums[:, 1:3].astype(offset.dtype), None, jnp.asarray(by_variance, variance.dtype), None, None
 
@@ -211,10 +209,29 @@ def _orders(derivatives: bool, widening_too: bool) -> int:
     return 1 + (1 + widening_too) * derivatives
 
 
-def _in_batches(one, arrays):
-    """`one` of every row, as many at a time as suit the device."""
-    of = lambda size: lambda arrays: jax.lax.map(one, arrays, batch_size=size)
-    return jax.lax.platform_dependent(arrays, cpu=of(BATCH), default=of(WIDE))
+def _batches(columns, size: int):
+    """Arrays (column, ...) in batches (batch, size, ...), filled up with zeros."""
+    more = -len(columns[0]) % size
+    return jax.tree.map(lambda a: jnp.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:]), columns)
+
+
+def _in_batches(one, columns):
+    """`one` of every column, zero where its first argument, the number of atoms, is none; as many at a time as suit the device. A processor passes over batches of none."""
+
+    def some(batch):
+        n, *rest = batch
+        return jax.vmap(lambda n, *rest: one(jnp.maximum(n, 1), *rest) * (n > 0))(n, *rest)
+
+    def batched(size, own):
+        def of_all(columns):
+            found = jax.lax.map(own, _batches(columns, size))
+            return found.reshape(-1, *found.shape[2:])[: len(columns[0])]
+
+        return of_all
+
+    none = lambda batch: jnp.zeros_like(jax.eval_shape(some, batch))
+    unless_empty = lambda batch: jax.lax.cond((batch[0] > 0).any(), some, none, batch)
+    return jax.lax.platform_dependent(columns, cpu=batched(BATCH, unless_empty), default=batched(min(WIDE, len(columns[0])), some))
 
 
 def _factors(source_variance: Float[Array, ""], library: ColumnLibrary, draw: WindowRenderer, orders: int):

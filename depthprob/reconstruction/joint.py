@@ -91,7 +91,7 @@ class Forecast(NamedTuple):
 
 def forecast(problem: Problem, draws: int, gradients: int = 0) -> Forecast:
     """Time and memory of a field fitted window by window, with so many draws of its posterior and gradients, each on one device, for them: from what one image takes here and now."""
-    image, windows = np.array([len(problem.series.defocus) // 4]), local.plan_windows(problem.library, problem.series, np.asarray(problem.start["depth"]))
+    image, windows = np.array([len(problem.series.defocus) // 4]), local.windows_about(problem.start, problem)
     local.evaluate(problem.start, problem, windows, image)  # compiles
     start = time.perf_counter()
     local.evaluate(problem.start, problem, windows, image)

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from ..config import Config
+from ..devices import rounded
 from ..inference import local
 from ..inference.arrow import ArrowFactor
 from ..inference.likelihood import Problem, field_of, from_vector, to_vector
@@ -238,17 +239,20 @@ def _drawn(parameters: dict, problem: Problem, groups: list[Neighbours], shares:
     of_kind = [{nodes[k, node]: share for node, share in grown(of[pair], sizes[k]).items()} for k, of in enumerate(shares) for pair in of]
     every = [gram for of in grams for gram in of.values()]
     step = _across(positions, pairs, _box(problem.series))
-    look = lambda turn: pair_images(every, lens, foci.min() - highest.max(), foci.max() - highest.min(), turn)
+    low, high = 20 * np.floor((foci.min() - highest.max()) / 20), 20 * np.ceil((foci.max() - highest.min()) / 20)
+    look = lambda turn: pair_images(every, lens, low, high, turn)
     from_above = look(0.0) if is_round(lens) else None
     half = int(np.ceil(every[0].cell / 2 / problem.series.pixel_size)) + 1
-    farthest = float(max(abs(foci.min() - highest.max()), abs(foci.max() - highest.min())))
     change = np.zeros((len(foci), *problem.series.shape), np.float32)
-    for turn, members in directions(np.arctan2(*step.T[::-1])):
+    of_kind += [of_kind[0]] * (rounded(len(of_kind)) - len(of_kind))  # as many as another time, which spares compiling anew
+    middle, turned = positions[pairs[:, 0]] + step / 2, directions(np.arctan2(*step.T[::-1]))
+    most = max(len(members) for _, members in turned)
+    for turn, members in turned:
         library = pair_library(look(turn) if from_above is None else from_above, of_kind, every[0].cell, lens, turn)
-        middle = positions[pairs[members, 0]] + step[members] / 2
-        there = parameters | {"x": middle[:, 0], "y": middle[:, 1], "depth": highest[members]}
-        windows = [local.Window(np.arange(len(foci)), half, window_renderer(library, problem.series.pixel_size, half, farthest, tolerance=COARSE))]
-        change += local.signals(there, eqx.tree_at(lambda p: (p.library, p.n_atoms), problem, (library, kind[members] + 1)), windows)
+        more = (0, most - len(members))  # pairs of no kind, which are not drawn
+        there = parameters | {name: np.pad(of[members], more) for name, of in (("x", middle[:, 0]), ("y", middle[:, 1]), ("depth", highest))}
+        windows = [local.Window(np.arange(len(foci)), half, window_renderer(library, problem.series.pixel_size, half, float(max(-low, high)), tolerance=COARSE))]
+        change += local.signals(there, eqx.tree_at(lambda p: (p.library, p.n_atoms), problem, (library, np.pad(kind[members] + 1, more))), windows)
     return change
 
 

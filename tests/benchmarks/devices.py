@@ -61,7 +61,7 @@ def parts(n_columns: int):
         return Whitened(small, jnp.asarray(to_vector(estimate.parameters, small)), jnp.asarray(estimate.factor))
 
     large = field(n_columns, False)
-    windows = local.plan_windows(library, large.series, np.asarray(large.start["depth"]))
+    windows = local.windows_about(large.start, large)
     rate = local.rates(large.start, large, windows)
     matrix = local.select(local.information(large.start, large, rate), large)
     posterior, mode = density.windowed(large.start, large), jnp.asarray(to_vector(large.start, large))
