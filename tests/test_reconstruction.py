@@ -142,13 +142,45 @@ def test_thousands_of_columns_are_fitted_jointly():
 
 def test_the_sharpest_images_are_the_same_in_whatever_order_they_come():
     defocus = np.arange(-100.0, 101.0, 10.0)
-    stack = np.exp(-((defocus - 17.0) ** 2) / 800)[:, None, None] * np.random.default_rng(0).random((4, 4))
+    stack = np.exp(-((defocus - 17.0) ** 2) / 8000)[:, None, None] * np.random.default_rng(0).random((4, 4))
     average, chosen = central_average(stack, defocus)
     assert sorted(defocus[chosen]) == list(np.arange(-20.0, 51.0, 10.0))
     order = np.random.default_rng(1).permutation(len(defocus))
     again, others = central_average(stack[order], defocus[order])
     np.testing.assert_allclose(again, average)
     assert sorted(order[others]) == sorted(chosen)
+    coarse = central_average(stack[::4], defocus[::4])[1]  # 40 Å apart: beyond the neighbours of the sharpest contrast is under half
+    assert sorted(defocus[::4][coarse]) == [-20.0, 20.0, 60.0]
+
+
+def test_columns_of_a_dumbbell_are_two_where_the_crystal_says_how_near_columns_are():
+    x = np.arange(100) * 0.2
+    bell = lambda cx, cy: np.exp(-((x - cx) ** 2 + (x[:, None] - cy) ** 2) / (2 * 0.45**2))
+    image = sum(height * bell(cx, cy) for cy in (6.0, 12.0) for cx, height in ((6.0, 1.0), (7.36, 0.8))) + np.random.default_rng(0).normal(0, 3e-3, (100, 100))
+    assert len(find_columns(image, 0.2, nearest=1.36)) == 4
+    assert len(find_columns(image, 0.2)) == 2
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+def test_of_two_columns_at_one_place_the_thinner_goes(periodic):
+    from depthprob.physics.focal_series import Field, FocalSeries
+    from depthprob.reconstruction.joint import doubled_columns, without_columns
+
+    series = FocalSeries(np.zeros(3), 0.5, np.ones(3), (40, 40), periodic)
+    positions = np.array([[5.0, 5.0], [7.0, 5.0], [7.3, 5.2], [0.1, 9.0], [19.9, 9.2]])
+    field = Field(positions, np.array([4, 3, 9, 6, 2]), np.arange(5.0), np.zeros(3), np.ones(3), np.zeros((3, 2)))
+    which = doubled_columns(field, series, 1.36)
+    assert which.tolist() == [1, 4] if periodic else [1]
+    left = without_columns(field, which)
+    assert left.n_atoms.tolist() == ([4, 9, 6] if periodic else [4, 9, 6, 2]) and left.depths.tolist() == ([0, 2, 3] if periodic else [0, 2, 3, 4])
+
+
+def test_drift_of_images_too_far_apart_in_focus_to_compare_lattices_is_that_of_their_outlines():
+    x = np.arange(64) * 0.4
+    image = np.exp(-((x - 12) ** 2 + (x[:, None] - 11) ** 2) / 40) * (1.2 + np.cos(np.pi * x) * np.cos(np.pi * x[:, None]))
+    moved = np.array([[-2.0, 1.0], [0.0, 0.0], [2.0, -1.0]])
+    found = estimate_drift(shift_images(np.stack([image] * 3), moved, True), 0.4, np.array([-80.0, 0.0, 80.0]), True)
+    assert abs(found - moved).max() < 0.2
 
 
 @needs_particle

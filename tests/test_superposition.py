@@ -22,6 +22,7 @@ from depthprob.physics.particle import focal_spectra, images_from_gram, source_d
 from depthprob.physics.windows import window_renderer
 from depthprob.reconstruction import superposition
 from depthprob.reconstruction.joint import JointFit, fit_jointly
+from depthprob.reconstruction.lattice import relations
 from depthprob.reconstruction.libraries import column_geometry
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -64,7 +65,7 @@ def test_a_wrong_count_does_not_take_neighbours_off_the_crystal():
 
 def test_heights_that_crystals_allow_are_those_of_their_stacking():
     geometry = lambda structure, zone: column_geometry(config_from_dict({"specimen": {"structure": structure, "lattice_constant_A": 4.08, "zone_axis": zone}}))
-    nearest = lambda structure, zone: superposition.relations(geometry(structure, zone))[:2].ravel()
+    nearest = lambda structure, zone: relations(geometry(structure, zone))[:2].ravel()
     third = 4.08 / np.sqrt(3)  # between (111) planes, and every third above another
     assert nearest("fcc", [1, 1, 1]) == pytest.approx([4.08 / 6**0.5, third, 4.08 / 6**0.5, 2 * third], abs=2e-3)
     assert nearest("bcc", [0, 0, 1]) == pytest.approx([4.08 / 2**0.5, 2.04, 4.08, 0.0], abs=2e-3)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg.lapack import dtrtri
 
 
 class ArrowMatrix(NamedTuple):
@@ -139,14 +140,14 @@ class ArrowFactor:
         """Diagonal of the inverse (size,)."""
         m, last = len(self.order), len(self.factors) - 1
         inner = np.empty(m)
-        block = None
+        below = None  # the next strip's block of the inverse
         for s in range(last, -1, -1):
             inverse = _inverse(self.factors[s])
-            if s == last:
-                block = inverse.T @ inverse
-            else:
-                gain = self.below[s] @ inverse  # L_{s+1,s} L_ss^-1
-                block = inverse.T @ inverse + gain.T @ block @ gain
+            block = inverse.T @ inverse
+            if s < last:
+                gain = solve_triangular(self.factors[s], self.below[s].T, lower=True, trans="T", check_finite=False)  # (L_{s+1,s} L_ss^-1)^T
+                block += gain @ below @ gain.T
+            below = block
             inner[self._strip(s)] = np.diag(block)
         corner = np.linalg.inv(self.corner)
         solved = self._backward(self.border)  # A^-1 B
@@ -157,7 +158,7 @@ class ArrowFactor:
 
 
 def _inverse(lower: np.ndarray) -> np.ndarray:
-    return solve_triangular(lower, np.eye(len(lower)), lower=True, check_finite=False)
+    return dtrtri(lower, lower=1)[0]
 
 
 class ArrowScale(NamedTuple):

@@ -37,28 +37,29 @@ class ColumnFit(NamedTuple):
 
 
 def central_average(stack: np.ndarray, defocus: np.ndarray, n_images: int = 8) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the n aligned images, consecutive in focus, of highest contrast, and their indices.
+    """Mean of the n aligned images, consecutive in focus, of highest contrast, and their indices; of fewer where their variance falls below half the highest.
 
-    For a series centred on the particle these are the central images, as in the paper.
+    For a series centred on the particle these are the central images, as in the paper. Of coarse steps of focus eight images show neighbours as one.
     """
     n = min(n_images, len(stack))
     order = np.argsort(defocus)
-    window = np.convolve(stack.var((1, 2))[order], np.ones(n), "valid")
-    chosen = order[np.argmax(window) + np.arange(n)]
+    variance = stack.var((1, 2))[order]
+    chosen = np.argmax(np.convolve(variance, np.ones(n), "valid")) + np.arange(n)
+    chosen = order[chosen[variance[chosen] >= variance[chosen].max() / 2]]
     return stack[chosen].mean(0), chosen
 
 
-def find_columns(image: np.ndarray, pixel_size: float, periodic: bool = False, significance: float = 0.15) -> np.ndarray:
-    """Positions (C, 2) [Å] of columns: maxima of the softened image, standing clear of what surrounds them.
+def find_columns(image: np.ndarray, pixel_size: float, periodic: bool = False, nearest: float = 2.0, significance: float = 0.15) -> np.ndarray:
+    """Positions (C, 2) [Å] of columns, no two nearer than `nearest` [Å]: maxima of the softened image, standing clear of what surrounds them.
 
-    The image is softened by 0.35 Å, under the width of any column that an aperture resolves; a maximum counts when it is the
-    highest within 0.7 Å and rises above the lowest point within 1.6 Å by `significance` of the typical maximum.
+    The image is softened by 0.35 Å, under the width of any column that an aperture resolves, or less where columns are nearer than 2 Å; a maximum counts when it is the
+    highest within 0.7 Å, or half of `nearest`, and rises above the lowest point within 1.6 Å by `significance` of the typical maximum.
     Columns closer than 0.5 Å to an edge that does not wrap are left out.
     """
     mode = "wrap" if periodic else "nearest"
-    soft = gaussian_filter(np.asarray(image, float), 0.35 / pixel_size, mode=mode)
+    soft = gaussian_filter(np.asarray(image, float), 0.35 * min(1.0, nearest / 2) / pixel_size, mode=mode)
     disc = lambda radius: np.hypot(*np.mgrid[[slice(-int(radius / pixel_size), int(radius / pixel_size) + 1)] * 2]) <= radius / pixel_size
-    peaks = soft == maximum_filter(soft, footprint=disc(max(0.7, 1.5 * pixel_size)), mode=mode)
+    peaks = soft == maximum_filter(soft, footprint=disc(max(min(0.7, nearest / 2), 1.5 * pixel_size)), mode=mode)
     lowest = -maximum_filter(-soft, footprint=disc(max(1.6, 2 * pixel_size)), mode=mode)
     floor = np.quantile(soft, 0.02)
     rise = soft - lowest

@@ -32,8 +32,11 @@ def estimate_drift(stack: np.ndarray, pixel_size: float, defocus: np.ndarray, pe
         images = (images - images.mean((1, 2), keepdims=True)) * _taper(images.shape[1:])
     spectra = np.fft.fft2(images)
     shifts = np.zeros((len(images), 2))
-    for _ in range(2):
+    for _ in range(2 * rounds):  # of three images each round halves what is left, of many two are enough
+        before = shifts
         shifts = _register(spectra, shifts, pixel_size, ENVELOPE, np.inf, range(len(images)), np.full(len(images), np.inf))
+        if abs(shifts - before).max() < 0.1:
+            break
     contrast = images.var((1, 2))
     resolved = np.flatnonzero(contrast > np.quantile(contrast, 0.5))
     neighbours = np.full(len(images), 60.0)
@@ -64,6 +67,8 @@ def _register(spectra, shifts, pixel_size, blur, search, which, reach, defocus=N
         else:
             near = (abs(defocus - defocus[i]) <= reach[i]) & (np.arange(len(shifts)) != i)
             reference = aligned[near].sum(0)
+        if not reference.any():  # no other image so near in focus
+            continue
         cross = aligned[i] * reference.conj()
         # phase correlation, weighted by the square root of the power: sharp where there is signal, deaf where there is noise
         cross = cross / np.sqrt(np.abs(cross) + 1e-12 * np.abs(cross).max())

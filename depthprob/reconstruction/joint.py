@@ -23,7 +23,8 @@ from ..physics.library import ColumnLibrary
 from .columns import peak_offsets
 from .counting import Counts, count_by_library
 from .drift import shift_images
-from .libraries import read_variance_of
+from .lattice import nearest_distance
+from .libraries import column_geometry, read_variance_of
 
 LOOKS, FIXED_SECONDS = 150, 60.0  # at all images, counting Fisher matrices as so many; and what a reconstruction takes besides
 ROUNDS = 8  # of counting, fitting and looking for hidden columns
@@ -125,7 +126,7 @@ def fit_jointly(
     posed = lambda field, centre=None: pose(stack - short, field, library, series, mask, config, centre)
     fit = local if len(field.n_atoms) > LARGE else likelihood
     dispersed = config.inference.noise == "over_dispersed"
-    centre, mode, amplitudes, settled = dict(posed(field).centre), None, None, False
+    centre, mode, amplitudes, settled, complete = dict(posed(field).centre), None, None, False, False
     for last in (False,) * (ROUNDS - 1) + (True,):
         problem = posed(field, centre)
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
@@ -135,8 +136,12 @@ def fit_jointly(
         field = field_of(mode.parameters, jnp.asarray(counts.n))
         if not settled and not last:
             continue
-        hidden = [] if last else processes.of_first(hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem)))
-        if len(hidden):
+        doubled = [] if last else processes.of_first(doubled_columns(field, series, nearest_distance(column_geometry(config))))
+        hidden = [] if last or complete or len(doubled) else processes.of_first(hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem)))
+        if len(doubled):
+            field, mode, amplitudes, settled, complete = without_columns(field, doubled), None, None, False, True  # what is hidden has been found, and more
+            centre |= {name: jnp.delete(centre[name], doubled) for name in PER_COLUMN}
+        elif len(hidden):
             field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False
             centre |= {name: jnp.concatenate([centre[name], posed(field).centre[name][len(n) :]]) for name in PER_COLUMN}
         elif lacking is not None and np.ndim(short) == 0:
@@ -204,6 +209,19 @@ def with_columns(field: Field, positions: np.ndarray) -> Field:
         lambda f: (f.positions, f.n_atoms, f.depths), field,
         (jnp.concatenate([field.positions, positions]), jnp.concatenate([field.n_atoms, jnp.ones(len(positions), int)]), jnp.concatenate([field.depths, field.depths[nearest]])),
     )
+
+
+def doubled_columns(field: Field, series: FocalSeries, nearest: float) -> np.ndarray:
+    """Indices of columns that stand for another's atoms: nearer to it than half of what any two are, `nearest` [Å], and of the two the one with fewer atoms."""
+    at, size, n = np.asarray(field.positions), np.array(series.shape[::-1]) * series.pixel_size, np.asarray(field.n_atoms)
+    tree = cKDTree(np.mod(at, size), boxsize=size) if series.periodic else cKDTree(at)
+    pairs = tree.query_pairs(nearest / 2, output_type="ndarray").reshape(-1, 2)
+    return np.unique(np.where(n[pairs[:, 0]] < n[pairs[:, 1]], *pairs.T))
+
+
+def without_columns(field: Field, which: np.ndarray) -> Field:
+    """A field with fewer columns."""
+    return eqx.tree_at(lambda f: (f.positions, f.n_atoms, f.depths), field, tuple(jnp.delete(a, which, axis=0) for a in (field.positions, field.n_atoms, field.depths)))
 
 
 def column_depths(posterior: Posterior, joint: JointFit, count_shifts: np.ndarray, superposition_sd: np.ndarray, seed: int, relative: bool = False) -> Depths:

@@ -153,6 +153,22 @@ def crystal_columns(crystal: UnitCell, zone_axis) -> CrystalColumns:
     return CrystalColumns(basis, folded(basis_heights), spacing, np.array(sites), folded(np.array(heights)))
 
 
+def relations(geometry: CrystalColumns) -> np.ndarray:
+    """Distances between columns of a crystal, as far as a few columns, and the second's height above the first, modulo their spacing (R, 2) [Å], sorted."""
+    steps = np.stack(np.meshgrid(*[np.arange(-4, 5)] * 2), -1).reshape(-1, 1, 1, 2)
+    place = geometry.sites - geometry.sites[:, None]
+    apart = np.hypot(*np.moveaxis((steps + place) @ geometry.basis, -1, 0))
+    height = (steps @ geometry.heights + geometry.site_heights - geometry.site_heights[:, None]) / geometry.spacing
+    height = np.mod(height + SAME, 1.0) - SAME
+    found = np.unique(np.stack([apart, height * geometry.spacing], -1).reshape(-1, 2).round(3), axis=0)
+    return abs(found[found[:, 0] > 0.1])
+
+
+def nearest_distance(geometry: CrystalColumns) -> float:
+    """Between columns [Å]."""
+    return float(relations(geometry)[0, 0])
+
+
 def _shortest(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two shortest independent vectors (2, 2) of the projected lattice, and their heights (2,)."""
     order = np.argsort(np.hypot(points[:, 0], points[:, 1]).round(6), kind="stable")

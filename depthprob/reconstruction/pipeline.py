@@ -28,7 +28,7 @@ from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .joint import SCALE_SD, column_depths, fit_jointly, forecast, pose, starting_depths
-from .lattice import lattice_stretch, snap
+from .lattice import lattice_stretch, nearest_distance, snap
 from .libraries import atoms_needed, column_geometry, crystal_of, library_for, neighbouring_libraries, read_variance_of
 from .scan import scan_residuals
 from .surface import ColumnEnds, Surface, column_ends, count_variance, find_surface
@@ -180,7 +180,7 @@ def reconstruct(
     Raises
     ------
     InputError
-        When the series shows no columns, or columns brighter than the library.
+        When the series has fewer than three foci, shows no columns, or columns brighter than the library.
     """
     method = method or config.inference.method
     quiet = quiet or not processes.is_first()
@@ -188,6 +188,8 @@ def reconstruct(
     progress = progress_bar(quiet)
     periodic, pixel = config.focal_series.periodic, float(stack.pixel_size_A)
     defocus = np.asarray(stack.defocus_A, float)
+    if len(np.unique(defocus)) < 3:
+        raise InputError(f"the series holds {len(defocus)} images at the foci {', '.join(f'{f:g}' for f in defocus)} Å; a depth needs three foci at least. Give the whole focal series.")
     dose = np.broadcast_to(np.asarray(config.focal_series.dose, float), defocus.shape)
     fraction = stack.data / (dose * pixel**2)[:, None, None]
     geometry = column_geometry(config)
@@ -198,7 +200,7 @@ def reconstruct(
 
     stages("columns")
     average, chosen = central_average(shift_images(fraction, -drift, periodic), defocus)
-    found = processes.of_first(find_columns(average, pixel, periodic))
+    found = processes.of_first(find_columns(average, pixel, periodic, nearest_distance(geometry)))
     if len(found) < 1:
         raise InputError("no columns were found on the average of the sharpest images. Check signal, dose and foci of the series.")
     columns = fit_columns(average, found, pixel, periodic)

@@ -25,7 +25,7 @@ from ..physics.pair_images import pair_images, pair_library
 from ..physics.windows import window_renderer
 from ..storage import load_checkpoint, save_arrays
 from .joint import JointFit
-from .lattice import SAME, CrystalColumns
+from .lattice import SAME, CrystalColumns, relations
 from .libraries import FORMAT, cache_folder, column_geometry, column_of, detector_of, microscope_of
 
 THICK = 0.25  # of the way to its neighbours that the beam spreads within a column, from where a pair matters
@@ -104,17 +104,6 @@ def neighbours(positions: np.ndarray, tops: np.ndarray, n_atoms: np.ndarray, geo
     pairs = np.where(turned[:, None], pairs[:, ::-1], pairs)
     kind, of_kind = np.unique(np.stack([separation, abs(below)], 1), axis=0, return_inverse=True)
     return [Neighbours(float(s), float(b), pairs[of_kind.ravel() == k]) for k, (s, b) in enumerate(kind)]
-
-
-def relations(geometry: CrystalColumns) -> np.ndarray:
-    """Distances between columns of a crystal, as far as a few columns, and the second's height above the first, modulo their spacing (R, 2) [Å], sorted."""
-    steps = np.stack(np.meshgrid(*[np.arange(-4, 5)] * 2), -1).reshape(-1, 1, 1, 2)
-    place = geometry.sites - geometry.sites[:, None]
-    apart = np.hypot(*np.moveaxis((steps + place) @ geometry.basis, -1, 0))
-    height = (steps @ geometry.heights + geometry.site_heights - geometry.site_heights[:, None]) / geometry.spacing
-    height = np.mod(height + SAME, 1.0) - SAME
-    found = np.unique(np.stack([apart, height * geometry.spacing], -1).reshape(-1, 2).round(3), axis=0)
-    return abs(found[found[:, 0] > 0.1])
 
 
 def _across(positions: np.ndarray, pairs: np.ndarray, box: np.ndarray | None) -> np.ndarray:
