@@ -174,8 +174,9 @@ def _figures(r, truth):
         "Left: displacement of the object in each image, as the joint fit found it; bands are one standard deviation. "
         "Right: average of the sharpest images, each column with its number of atoms."
     )
-    chosen = central_average(r.stack, r.defocus)[1]
-    images = r.stack[chosen] / (np.asarray(r.dose)[chosen, None, None] * r.pixel_size**2)
+    fraction = r.stack / (np.asarray(r.dose)[:, None, None] * r.pixel_size**2)
+    chosen = central_average(fraction, r.defocus)[1]
+    images = fraction[chosen]
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     *pictures, residuals = figure.subplots(1, 4)
     plotting.plot_drift_correction(pictures, images.mean(0), shift_images(images, -r.drift_px[chosen]).mean(0), r.pixel_size)

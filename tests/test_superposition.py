@@ -20,6 +20,7 @@ from depthprob.physics.optics import Microscope
 from depthprob.physics.pair_images import PLANES, pair_images, pair_library
 from depthprob.physics.particle import focal_spectra, images_from_gram, source_damping
 from depthprob.physics.windows import window_renderer
+from depthprob.reconstruction import joint as joint_fit
 from depthprob.reconstruction import superposition
 from depthprob.reconstruction.joint import JointFit, fit_jointly
 from depthprob.reconstruction.lattice import relations
@@ -191,25 +192,37 @@ def test_a_fit_is_taken_back_to_the_truth_by_what_superposition_lacks(fitted, mo
     assert np.array_equal(again.estimate.parameters["depth"], joint.estimate.parameters["depth"]) and same.depth == pytest.approx(owed.depth, rel=0.1)
 
 
-def test_what_neighbours_scatter_is_not_counted_as_an_atom(library):
-    """Counts of 5 to 8 atoms and what would be one more in the first, which superposition is said to lack."""
+def test_what_neighbours_scatter_is_not_counted_as_an_atom_nor_taken_for_a_column(library, monkeypatch):
+    """Counts of 5 to 8 atoms and what would be one more in the first, which superposition is said to lack; columns are looked for where it has been taken off."""
     places, depths = spaced(2, 2.04)
     series, truth = FocalSeries(FOCI, 0.3, np.full(len(FOCI), 9612.0), (30, 30)), np.array([5, 6, 7, 8])
     ones = jnp.ones(len(FOCI))
     field = Field(places + 3.5, truth, depths, 1e-3 * ones, ones, jnp.zeros((len(FOCI), 2)))
     one_more = dataclasses.replace(field, n_atoms=truth + np.array([1, 0, 0, 0]))
     bright, right = (np.asarray(expected_counts(f, library, series)) for f in (one_more, field))
-    asked = []
+    asked, searched = [], []
+    monkeypatch.setattr(joint_fit, "hidden_columns", lambda parameters, problem, rate: searched.append(np.asarray(problem.counts)) or np.empty((0, 2)))
 
     def lacking(parameters, problem):
-        asked.append(np.asarray(problem.n_atoms))
+        asked.append(np.asarray(problem.n_atoms).tolist())
         return bright - right
 
     joint = fit_jointly(bright, one_more, library, series, np.ones(bright.shape, bool), CORRECTED, lacking=lacking)
-    assert len(asked) == 1 and np.array_equal(asked[0], one_more.n_atoms)
+    assert asked == [one_more.n_atoms.tolist(), truth.tolist()]  # again, since a quarter of the counts changed
+    assert len(searched) == 1 and searched[0] == pytest.approx(right, abs=1e-4)
     assert np.array_equal(joint.problem.n_atoms, truth) and np.array_equal(joint.counts.n, truth) and joint.settled
     assert np.asarray(joint.problem.counts) == pytest.approx(right, abs=1e-4) and np.array_equal(joint.lacking, bright - right)
     assert np.asarray(joint.estimate.parameters["depth"]) == pytest.approx(depths, abs=0.01)
+
+
+def test_a_fit_whose_counts_have_not_settled_holds_the_last_ones(library, monkeypatch):
+    places, depths = spaced(2, 2.04)
+    series, truth, ones = FocalSeries(FOCI, 0.3, np.full(len(FOCI), 9612.0), (30, 30)), np.array([5, 6, 7, 8]), jnp.ones(len(FOCI))
+    field = Field(places + 3.5, truth, depths, 1e-3 * ones, ones, jnp.zeros((len(FOCI), 2)))
+    counts = np.asarray(expected_counts(field, library, series))
+    monkeypatch.setattr(joint_fit, "ROUNDS", 1)
+    joint = fit_jointly(counts, dataclasses.replace(field, n_atoms=truth + 3), library, series, np.ones(counts.shape, bool), CORRECTED)
+    assert not joint.settled and np.array_equal(joint.problem.n_atoms, joint.counts.n) and abs(joint.counts.n - truth).max() <= 1
 
 
 def test_thin_fields_and_plain_settings_ask_for_no_correction(fitted):

@@ -105,15 +105,20 @@ def window_radius(library: ColumnLibrary, z: float, faint: float = FAINT) -> flo
 
 
 def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray, faint: float = FAINT, margin: float = 5.0, room: float = 0.0, classes: int | None = None) -> list[Window]:
-    """Group images by the size of window that the farthest column from each focus needs, for depths that move by `margin` Å; `room` as of `window_renderer`."""
+    """Group images by the size of window that the farthest column from each focus needs, for depths that move by `margin` Å; `room` as of `window_renderer`.
+
+    Of few columns depths a little different ask for the same windows, which are compiled once: sizes are even, and of foci 10 Å apart.
+    """
     defocus, classes = np.asarray(series.defocus), classes or min(CLASSES, 1 + len(depths) // COLUMNS_A_CLASS)
     farthest = np.maximum(abs(defocus - np.min(depths)), abs(defocus - np.max(depths))) + margin
-    ends = np.linspace(0, 10 * np.ceil(farthest.max() / 10), classes + 1)[1:]  # depths a little different ask for the same windows, as do half widths rounded to even ones
+    few = classes < CLASSES
+    ends = np.linspace(0, 10 * np.ceil(farthest.max() / 10) if few else farthest.max(), classes + 1)[1:]
     found = []
     for low, high in zip([-1.0, *ends[:-1]], ends, strict=True):
         images = np.flatnonzero((farthest > low) & (farthest <= high * (1 + 1e-9)))
         if len(images):
-            half = 2 * int(np.ceil(window_radius(library, high, faint) / series.pixel_size / 2)) + 2
+            half = int(np.ceil(window_radius(library, high, faint) / series.pixel_size)) + 1
+            half += half % 2 * few
             found.append(Window(images, half, window_renderer(library, series.pixel_size, half, high, room)))
     return found
 

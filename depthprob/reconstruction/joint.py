@@ -27,8 +27,9 @@ from .lattice import nearest_distance
 from .libraries import column_geometry, read_variance_of
 
 LOOKS, FIXED_SECONDS = 150, 60.0  # at all images, counting Fisher matrices as so many; and what a reconstruction takes besides
-ROUNDS = 8  # of counting, fitting and looking for hidden columns
+ROUNDS = 20  # of counting, fitting, looking for hidden columns and taking off what superposition lacks
 SHARPEST = 8  # images that hidden columns are looked for in
+RECKONINGS, FEW = 3, 0.1  # of what superposition lacks, at most, and until no larger share of the counts changes
 LIBRARY_ERROR = 0.015  # relative, of cross-sections: what superposition and thermal model leave
 SCALE_SD = 0.05  # of a factor common to all cross-sections
 NINETY = 1.6449  # standard deviations that hold 90 % of a normal distribution
@@ -120,9 +121,10 @@ def fit_jointly(
     """Fit a stack (F, ny, nx) [e/pixel] from a starting field, its atom counts mended by the amplitudes that the fit asks for.
 
     Priors are centred where the field starts. What the model is `lacking` of the expected counts at an estimate is taken off the stack once that is near the maximum,
-    and counts and fit are brought to agree anew.
+    and counts and fit are brought to agree anew; it is reckoned again where that changed many counts, on which it depends.
     """
     short: np.ndarray | float = 0.0
+    reckonings, counted = 0, None  # of what is lacking, and the counts that came into the last
     posed = lambda field, centre=None: pose(stack - short, field, library, series, mask, config, centre)
     fit = local if len(field.n_atoms) > LARGE else likelihood
     dispersed = config.inference.noise == "over_dispersed"
@@ -136,6 +138,10 @@ def fit_jointly(
         field = field_of(mode.parameters, jnp.asarray(counts.n))
         if not settled and not last:
             continue
+        changed = counted is None or (len(counted) == len(n) and np.mean(counted != n) > FEW)
+        if lacking is not None and changed and reckonings < RECKONINGS and (counted is None or not last):
+            short, counted, reckonings = lacking(mode.parameters, problem), n, reckonings + 1
+            continue  # and look for columns in what is left then: thick ones scatter as much beside them as atoms between them
         doubled = [] if last else processes.of_first(doubled_columns(field, series, nearest_distance(column_geometry(config))))
         hidden = [] if last or complete or len(doubled) else processes.of_first(hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem)))
         if len(doubled):
@@ -144,11 +150,9 @@ def fit_jointly(
         elif len(hidden):
             field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False
             centre |= {name: jnp.concatenate([centre[name], posed(field).centre[name][len(n) :]]) for name in PER_COLUMN}
-        elif lacking is not None and np.ndim(short) == 0:
-            short = lacking(mode.parameters, problem)
         else:
             break
-    problem = posed(field_of(mode.parameters, problem.n_atoms), centre)
+    problem = posed(field, centre)
     if dispersed:
         problem, mode = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)), None
     return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled, short)

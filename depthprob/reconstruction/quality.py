@@ -9,7 +9,7 @@ from ..inference.held import Asked
 from ..inference.likelihood import Dispersion
 from ..physics.electron import wavelength
 from ..physics.optics import edge_phase
-from .joint import JointFit
+from .joint import ROUNDS, JointFit
 from .lattice import Stretch
 from .libraries import UNROUND, microscope_of
 from .scan import ScanResiduals
@@ -216,7 +216,7 @@ def doubts_of_fit(joint: JointFit, fit_quality: np.ndarray, spread: Dispersion, 
     library_sd, log_gain = np.nanmax(problem.library.depth_error[n_atoms - 1]), float(np.mean(parameters["log_gain"]))
     found = []
     if not joint.settled:
-        found.append("Atom counts had not settled after eight rounds of counting and fitting.")
+        found.append(f"Atom counts had not settled after {ROUNDS} rounds of counting and fitting.")
     poor = np.flatnonzero(fit_quality > 5)
     if len(poor):
         found.append(f"{len(poor)} of {len(n_atoms)} columns fit badly (goodness of fit above 5 standard deviations): columns {', '.join(map(str, poor[:12]))}.")

@@ -1,9 +1,10 @@
 """Time and memory of `depthprob reconstruct` against the number of columns.
 
-    python tests/benchmarks/large_fields.py LIBRARY.npz FOLDER [columns ...]
+    python tests/benchmarks/large_fields.py LIBRARY.npz FOLDER [columns ...] [--corrected]
 
 Makes the rounded tip of a gold nanorod along [001] of about so many columns (default 500, 1500, 6000) and up to LIBRARY's number of
-atoms, by superposition of that library: it tests size, not truth. LIBRARY for 45 atoms: `depthprob library` with
+atoms, by superposition of that library: it tests size, not truth. --corrected adds what every pair of neighbours lacks of it, and asks `reconstruct` for that correction:
+taken off a stack that holds none of it, it would change most counts. LIBRARY for 45 atoms: `depthprob library` with
 inference.max_atoms 45. Then reconstructs each in a process of its own and prints seconds, memory and depth errors;
 FOLDER/large_fields.png shows time and memory.
 """
@@ -21,7 +22,7 @@ CONFIG = """
 pixel_size_A = 0.51
 [inference]
 method = "laplace"
-superposition = "plain"
+superposition = "%s"
 """
 
 
@@ -42,14 +43,16 @@ def rod(n_columns: int, n_max: int, spacing: float = 4.08):
     return np.stack([x, y + width], 1)[ok] + 16.0, n[ok], (first + (n - 1) * spacing / 2)[ok]
 
 
-def make(library_path: Path, folder: Path, n_columns: int) -> Path:
+def make(library_path: Path, folder: Path, n_columns: int, corrected: bool = False) -> Path:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    from depthprob.config import read_config
     from depthprob.inference import local
     from depthprob.inference.likelihood import make_problem
     from depthprob.physics.focal_series import Field, FocalSeries
     from depthprob.physics.library import ColumnLibrary
+    from depthprob.reconstruction import superposition
 
     library = ColumnLibrary.load(library_path)
     positions, n, depths = rod(n_columns, library.n_max)
@@ -61,8 +64,11 @@ def make(library_path: Path, folder: Path, n_columns: int) -> Path:
     series = FocalSeries(defocus, 0.51, np.full(41, 9612.0), shape, False)
     field = Field(positions, n, depths, np.full(41, 1e-4), np.ones(41), drift)
     problem = make_problem(np.zeros((41, *shape)), field, library, series, dense=False)
-    counts = rng.poisson(local.rates(problem.start, problem))
-    path = folder / f"rod_{n_columns}.npz"
+    rates = local.rates(problem.start, problem)
+    if corrected:
+        rates = np.maximum(rates + superposition.lacking(problem.start, problem, read_config(folder / "rod.toml"))[0], 0)
+    counts = rng.poisson(rates)
+    path = folder / f"rod_{n_columns}{'_corrected' * corrected}.npz"
     np.savez_compressed(path, stack=counts.astype(np.uint16), defocus_A=defocus, pixel_size_A=0.51, columns=np.column_stack([positions, n, depths]), drift_A=drift)
     return path
 
@@ -71,10 +77,11 @@ def main(library: str, folder: str, *numbers: str) -> None:
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     config = folder / "rod.toml"
-    config.write_text(CONFIG)
+    corrected = "--corrected" in numbers
+    config.write_text(CONFIG % ("corrected" if corrected else "plain"))
     rows = []
-    for number in map(int, numbers or ("500", "1500", "6000")):
-        stack = make(Path(library), folder, number)
+    for number in map(int, [n for n in numbers if n != "--corrected"] or (500, 1500, 6000)):
+        stack = make(Path(library), folder, number, corrected)
         out = folder / f"out_{number}"
         command = [sys.executable, "-m", "depthprob.cli", "reconstruct", str(stack), "--config", str(config), "-o", str(out), "--library", library]
         start = time.perf_counter()
