@@ -112,7 +112,8 @@ def test_rates_score_and_information_are_those_of_the_dense_likelihood(problem):
     assert abs(step[columns]).max() < 0.1
 
 
-def test_a_few_columns_more_and_depths_a_little_different_compile_nothing_anew(library):
+def test_a_few_columns_more_and_depths_a_little_different_compile_nothing_anew(library, monkeypatch):
+    monkeypatch.setattr(local, "COLUMNS_A_CLASS", 700)  # few of them
     defocus, flat = np.array([-60.0, 60.0]), np.ones(2)
     series = FocalSeries(defocus, 0.4, 9612.0 * flat, (20, 450), False)
 

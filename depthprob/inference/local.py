@@ -334,7 +334,7 @@ def evaluate(
         Changes of the expected counts, for `Sums.along`.
     """
     parameters = _plain(parameters)
-    windows = windows or windows_about(parameters, problem)
+    windows = windows or plan_windows(problem.library, problem.series, parameters["depth"])
     n_columns, n_foci, shape = len(problem.n_atoms), len(problem.series.defocus), problem.series.shape
     names = per_image(problem)
     variance = float(problem.read_variance)
