@@ -225,6 +225,18 @@ def test_a_fit_whose_counts_have_not_settled_holds_the_last_ones(library, monkey
     assert not joint.settled and np.array_equal(joint.problem.n_atoms, joint.counts.n) and abs(joint.counts.n - truth).max() <= 1
 
 
+def test_a_hidden_column_may_make_a_field_large(library, monkeypatch):
+    places, depths = spaced(2, 2.04)
+    series, ones = FocalSeries(FOCI, 0.3, np.full(len(FOCI), 9612.0), (30, 30)), jnp.ones(len(FOCI))
+    field = Field(places + 3.5, np.array([5, 6, 7, 2]), depths, 1e-3 * ones, ones, jnp.zeros((len(FOCI), 2)))
+    known = dataclasses.replace(field, positions=field.positions[:3], n_atoms=field.n_atoms[:3], depths=depths[:3])
+    counts = np.asarray(expected_counts(field, library, series))
+    monkeypatch.setattr(joint_fit, "LARGE", 3)
+    joint = fit_jointly(counts, known, library, series, np.ones(counts.shape, bool), CORRECTED)
+    assert joint.reader is local and np.asarray(joint.problem.n_atoms).tolist() == [5, 6, 7, 2]
+    assert np.asarray(joint.estimate.parameters["depth"])[:3] == pytest.approx(depths[:3], abs=0.1)
+
+
 def test_thin_fields_and_plain_settings_ask_for_no_correction(fitted):
     joint, _, _ = fitted(likelihood)
     field = likelihood.field_of(joint.estimate.parameters, joint.problem.n_atoms)

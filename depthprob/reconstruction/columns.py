@@ -50,7 +50,7 @@ def central_average(stack: np.ndarray, defocus: np.ndarray, n_images: int = 8) -
 
 
 def find_columns(image: np.ndarray, pixel_size: float, periodic: bool = False, nearest: float = 2.0, significance: float = 0.15) -> np.ndarray:
-    """Positions (C, 2) [Å] of columns, no two nearer than `nearest` [Å]: maxima of the softened image, standing clear of what surrounds them.
+    """Positions (C, 2) [Å] of columns, of a crystal whose nearest are `nearest` [Å] apart: maxima of the softened image, standing clear of what surrounds them.
 
     The image is softened by 0.35 Å, under the width of any column that an aperture resolves, or less where columns are nearer than 2 Å; a maximum counts when it is the
     highest within 0.7 Å, or half of `nearest`, and rises above the lowest point within 1.6 Å by `significance` of the typical maximum.

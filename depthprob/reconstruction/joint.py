@@ -126,11 +126,11 @@ def fit_jointly(
     short: np.ndarray | float = 0.0
     reckonings, counted = 0, None  # of what is lacking, and the counts that came into the last
     posed = lambda field, centre=None: pose(stack - short, field, library, series, mask, config, centre)
-    fit = local if len(field.n_atoms) > LARGE else likelihood
     dispersed = config.inference.noise == "over_dispersed"
     centre, mode, amplitudes, settled, complete = dict(posed(field).centre), None, None, False, False
     for last in (False,) * (ROUNDS - 1) + (True,):
         problem = posed(field, centre)
+        fit = local if problem.draw is None else likelihood  # columns found or dropped may make a field large or small
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
         counts, amplitudes = recount(mode.parameters, problem, dispersed, amplitudes)
         n = np.asarray(problem.n_atoms)
