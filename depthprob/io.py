@@ -48,12 +48,15 @@ LENGTHS_A = {
     "nm": 10.0,
     "pm": 0.01,
     "m": 1e10,
+    "µm": 1e4,
+    "μm": 1e4,
+    "um": 1e4,
+    "micron": 1e4,
 }
 STRUCTURES = {".xyz": "extxyz", ".extxyz": "extxyz", ".cif": "cif", ".vasp": "vasp", ".poscar": "vasp"}
 SMALLEST_DIRECTORY = 18  # bytes of a TIFF directory with one entry
 HEAP = b"GCOL\1\0\0\0"  # how a global heap of HDF5 begins
 MOST_COMPRESSED = 1100  # the best that deflate can do is 1032 to 1
-LENGTHS_A |= {"µm": 1e4, "μm": 1e4, "um": 1e4, "micron": 1e4}
 
 
 class Stack(NamedTuple):
