@@ -25,7 +25,7 @@ _PUBLIC = {
     "maximum": "inference.likelihood",
     "plot_ranks": "plotting",
     "read_config": "config",
-    "read_stack": "io",
+    "read_stack": "stack",
     "read_statstem": "statstem",
     "reconstruct": "reconstruction.pipeline",
     "sample_counts": "physics.focal_series",

@@ -13,6 +13,7 @@ import typer
 from . import io
 from .config import METHODS, Config, check_sampling, check_supported, read_config
 from .errors import InputError
+from .stack import check_stack_name, read_stack, write_stack
 from .storage import atomic_folder, atomic_write
 
 app = typer.Typer(
@@ -137,13 +138,13 @@ def simulate(
     """Simulate the focal series of an isolated column or of a structure file; an interrupted run goes on where it stopped."""
     with _input_errors():
         settings = _settings(config)
-        io.check_stack_name(output)
+        check_stack_name(output)
         _check_output_file(output)
         _use_double_precision()
         from .reconstruction.simulate import simulate as simulated
 
         checkpoint = output.with_name(f".{output.name}.partial.npz")
-        io.write_stack(output, simulated(settings, noise, quiet, checkpoint))
+        write_stack(output, simulated(settings, noise, quiet, checkpoint))
         checkpoint.unlink(missing_ok=True)
     _say(f"wrote {output}", quiet)
 
@@ -253,7 +254,7 @@ def reconstruct(
             raise InputError(
                 f"no library file {str(library)!r}. Build one with `depthprob library`."
             )
-        io.read_stack(stack, settings)  # faults of the file show before JAX starts
+        read_stack(stack, settings)  # faults of the file show before JAX starts
         checkpoint = output.with_name(f".{output.name}.partial.npz")
         with atomic_folder(output) if first else contextlib.nullcontext(output) as folder:
             _use_double_precision()

@@ -9,11 +9,12 @@ import numpy as np
 from . import processes
 from .config import Config, read_config
 from .inference.posterior import write_netcdf
-from .io import read_stack, write_columns_csv, write_drift_csv, write_json, write_xyz
+from .io import write_columns_csv, write_drift_csv, write_json, write_xyz
 from .reconstruction.libraries import read_library
 from .reconstruction.pipeline import Reconstruction, reconstruct, refuse_beyond_limit
 from .reconstruction.surface import surface_as_dict
 from .report import write_report
+from .stack import read_stack
 from .statstem import ColumnResult, write_statstem
 
 

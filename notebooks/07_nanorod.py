@@ -34,11 +34,11 @@ from depthprob import plotting
 from depthprob.config import config_from_dict
 from depthprob.data import make_nanorod as rod
 from depthprob.inference.gaussian_peak import disc_radius
-from depthprob.io import Stack
 from depthprob.reconstruction import tomography
 from depthprob.reconstruction.drift import shift_images
 from depthprob.reconstruction.lattice import snap
 from depthprob.reconstruction.libraries import column_geometry
+from depthprob.stack import Stack
 
 jax.config.update("jax_enable_x64", True)
 with resources.as_file(resources.files("depthprob.data")) as folder:

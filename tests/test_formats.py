@@ -12,7 +12,7 @@ import pytest
 from depthprob.config import config_from_dict
 from depthprob.errors import InputError
 from depthprob.formats import HEAP
-from depthprob.io import Stack, read_stack, write_stack
+from depthprob.stack import Stack, read_stack, write_stack
 
 FOCI = np.array([-10.0, 0.0, 10.0])
 SHAPE = (3, 5, 4)

@@ -18,6 +18,7 @@ from depthprob import io
 from depthprob.config import SECTIONS, Config, check_sampling, check_supported, config_from_dict, read_config
 from depthprob.errors import InputError
 from depthprob.reconstruction.libraries import column_geometry, detector_of, microscope_of, z_range_of
+from depthprob.stack import Stack, read_stack, write_stack
 
 CASES = int(os.environ.get("DEPTHPROB_FUZZ", "0"))
 SHAPE, FOCI = (3, 6, 5), [-10.0, 0.0, 10.0]
@@ -134,7 +135,7 @@ def good_file(folder, kind):
 
         tifffile.imwrite(path, counts.astype("u2"), photometric="minisblack", compression="zlib")
     else:
-        io.write_stack(path, io.Stack(counts, np.array(FOCI), 0.2, {"dose_e_per_A2": np.full(3, 1000.0)}))
+        write_stack(path, Stack(counts, np.array(FOCI), 0.2, {"dose_e_per_A2": np.full(3, 1000.0)}))
     return path
 
 
@@ -171,13 +172,13 @@ def altered(data, whole):
 def test_an_altered_stack_is_read_or_refused(tmp_path, kind):
     path = good_file(tmp_path, kind)
     whole = path.read_bytes()
-    assert outcome(lambda: io.read_stack(path, SETTINGS["counts"])) is not None
+    assert outcome(lambda: read_stack(path, SETTINGS["counts"])) is not None
 
     @cases(60)
     @given(data=st.data())
     def check(data):
         path.write_bytes(altered(data, whole))
-        stack = outcome(lambda: io.read_stack(path, SETTINGS["counts"]))
+        stack = outcome(lambda: read_stack(path, SETTINGS["counts"]))
         if stack is not None:
             assert stack.data.ndim == 3 and len(stack.data) == 3 and np.all(np.isfinite(stack.data)) and stack.data.min() >= 0
 
@@ -205,7 +206,7 @@ def test_any_arrays_are_a_stack_or_refused(tmp_path_factory, stack, entries, sig
                     file[name.replace("/", "_")] = value
         except (TypeError, ValueError):  # HDF5 has no such type
             return
-    outcome(lambda: io.read_stack(path, SETTINGS[signal]))
+    outcome(lambda: read_stack(path, SETTINGS[signal]))
 
 
 # Structures --------------------------------------------------------------------------------------------------

@@ -200,9 +200,10 @@ def test_drift_never_hops_a_lattice_period():
 def test_shifts_found_elsewhere_are_where_the_fit_starts_from_and_are_refined(library, tmp_path, monkeypatch):
     """Images that jump by whole lattice periods, and a file that knows of them but for a fifth of a pixel."""
     from depthprob.config import config_from_dict
-    from depthprob.io import Stack, write_drift_csv
+    from depthprob.io import write_drift_csv
     from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
     from depthprob.reconstruction import pipeline
+    from depthprob.stack import Stack
 
     rng = np.random.default_rng(4)
     pixel, defocus, shape = 0.34, np.arange(-60.0, 61.0, 20.0), (34, 34)
@@ -223,8 +224,8 @@ def test_shifts_found_elsewhere_are_where_the_fit_starts_from_and_are_refined(li
 def test_a_large_field_above_the_memory_limit_is_refused_before_its_fit(library, monkeypatch):
     from depthprob.config import config_from_dict
     from depthprob.errors import InputError
-    from depthprob.io import Stack
     from depthprob.reconstruction import pipeline
+    from depthprob.stack import Stack
 
     monkeypatch.setattr(pipeline, "LARGE", 3)
     monkeypatch.delattr(pipeline, "fit_jointly")
@@ -299,12 +300,12 @@ def test_atoms_of_a_tilted_crystal_are_found_leaning_on_their_planes():
     import jax
 
     from depthprob.config import config_from_dict
-    from depthprob.io import Stack
     from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
     from depthprob.physics.library import build_gram, library_from_gram
     from depthprob.physics.optics import Microscope
     from depthprob.reconstruction.libraries import column_of, detector_of
     from depthprob.reconstruction.pipeline import reconstruct
+    from depthprob.stack import Stack
 
     tilt, pixel, shape = np.array([0.03, -0.02]), 0.25, (44, 44)
     defocus = np.arange(-120.0, 121.0, 20.0)

@@ -189,3 +189,30 @@ def test_an_archive_altered_anywhere_is_read_as_it_was_or_refused(file, data):
         damaged.unlink()
     # another name is another array, which no reader of ours asks for
     assert all(np.array_equal(value, ARRAYS[name]) for name, value in read.items() if name in ARRAYS)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(ZeroDivisionError), storage.atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+        1 / 0  # noqa: B018
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), storage.atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "columns.csv").write_text("half")
+        1 / 0  # noqa: B018
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_keeps_its_other_files(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "columns.csv").write_text("old")
+    with storage.atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "columns.csv").write_text("new")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "columns.csv").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -7,9 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from depthprob.errors import InputError
-from depthprob.io import read_tilt_series
 from depthprob.plotting import plot_tilted_atoms, plot_tomogram
 from depthprob.reconstruction.tomography import TILTS, align, model_density, overlap, project, sirt, surface_distance
+from depthprob.stack import read_tilt_series
 
 PIXEL = 2.0
 SD = 10.0 / np.sqrt(8 * np.log(2))  # of the default resolution

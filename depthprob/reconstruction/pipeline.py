@@ -20,9 +20,10 @@ from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_p
 from ..inference.likelihood import AFFINE, goodness_of_fit
 from ..inference.posterior import LARGE, infer, to_arviz
 from ..inference.sampling import gradients
-from ..io import Stack, read_drift_csv
+from ..io import read_drift_csv
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
+from ..stack import Stack
 from . import quality, superposition
 from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
@@ -171,7 +172,7 @@ def reconstruct(
     Parameters
     ----------
     stack : Stack
-        Counts (F, y, x) as `io.read_stack` returns them.
+        Counts (F, y, x) as `stack.read_stack` returns them.
     library : ColumnLibrary, optional
         Built (or found in the cache) when absent.
     checkpoint : path, optional

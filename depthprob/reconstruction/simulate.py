@@ -6,10 +6,11 @@ import numpy as np
 
 from ..config import Config
 from ..errors import InputError
-from ..io import Stack, read_atoms
+from ..io import read_atoms
 from ..physics.gram import default_sampling
 from ..physics.particle import images_from_gram, simulate_particle
 from ..physics.specimen import debye_waller_b_from_rms
+from ..stack import Stack
 from .libraries import detector_of, library_for, microscope_of
 from .pipeline import progress_bar
 

@@ -14,8 +14,8 @@ from importlib import resources
 import numpy as np
 
 from depthprob.config import read_config
-from depthprob.io import read_stack
 from depthprob.reconstruction.pipeline import reconstruct
+from depthprob.stack import read_stack
 
 FOLDER = resources.files("depthprob.data")
 CONFIG = read_config(FOLDER / "demo.toml")

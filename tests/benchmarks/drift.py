@@ -17,9 +17,9 @@ from pystackreg import StackReg
 from skimage.registration import phase_cross_correlation
 
 from depthprob.config import config_from_dict
-from depthprob.io import read_stack
 from depthprob.reconstruction.drift import estimate_drift
 from depthprob.reconstruction.pipeline import reconstruct
+from depthprob.stack import read_stack
 
 
 def by_correlation(stack, normalization, to_previous):

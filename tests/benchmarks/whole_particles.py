@@ -29,12 +29,12 @@ jax.config.update("jax_enable_x64", True)
 from depthprob.config import config_from_dict  # noqa: E402
 from depthprob.data import make_nanorod  # noqa: E402
 from depthprob.data.make_nanorod import columns_of  # noqa: E402
-from depthprob.io import Stack  # noqa: E402
 from depthprob.physics.electron import wavelength  # noqa: E402
 from depthprob.physics.gram import default_sampling  # noqa: E402
 from depthprob.physics.particle import hermitian_product, images_from_gram, simulate_particle  # noqa: E402
 from depthprob.reconstruction.libraries import column_geometry, detector_of, microscope_of  # noqa: E402
 from depthprob.reconstruction.pipeline import reconstruct  # noqa: E402
+from depthprob.stack import Stack  # noqa: E402
 from depthprob.storage import load_checkpoint, save_checkpoint  # noqa: E402
 
 ALONG = {(0, 0, 1): [[1, 0, 0], [0, 1, 0], [0, 0, 1]], (1, 1, 0): [[0, 0, 1], [1, -1, 0], [1, 1, 0]], (1, 1, 1): [[1, -1, 0], [1, 1, -2], [1, 1, 1]]}

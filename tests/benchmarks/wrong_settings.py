@@ -18,10 +18,10 @@ from whole_particles import Case, atoms_of, columns_of, gram_of
 
 from depthprob.config import read_config
 from depthprob.errors import InputError
-from depthprob.io import Stack, read_stack
 from depthprob.physics.particle import images_from_gram
 from depthprob.reconstruction.libraries import microscope_of
 from depthprob.reconstruction.pipeline import reconstruct
+from depthprob.stack import Stack, read_stack
 
 FOLDER = resources.files("depthprob.data")
 CONFIG = read_config(FOLDER / "demo.toml")
