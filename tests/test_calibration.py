@@ -8,20 +8,17 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from numpyro.diagnostics import effective_sample_size
-from scipy.stats import kstest, poisson
+from scipy.stats import poisson
 
 from depthprob.inference.calibration import calibrate, draw_truth, uniformity
+from depthprob.inference.goodness import dispersion_of, goodness_of_fit, over_dispersed
 from depthprob.inference.likelihood import (
     column_bounds,
-    dispersion_of,
     field_of,
     find_mode,
     from_vector,
-    goodness_of_fit,
-    leverages,
     make_problem,
     maximum,
-    over_dispersed,
     prior_precision,
     rates,
     to_vector,
@@ -274,42 +271,6 @@ def test_predicted_counts_carry_read_noise_and_dispersion(problem):
     pixels = 24 * 12
     added = (3 * (mean + 400) - mean) / pixels
     np.testing.assert_allclose((spread[1] - spread[0]).mean(), added.mean(), rtol=0.25)  # 700 variances' mean, sd 6 %, of added noise
-
-
-def fifty_columns(library, seed):
-    """True rates and a problem with their Poisson counts, started near the truth: 50 overlapping columns, 186 parameters."""
-    rng = np.random.default_rng(seed)
-    defocus = np.arange(-160.0, 161.0, 40.0)
-    n = len(defocus)
-    i, j = np.meshgrid(np.arange(10), np.arange(10))
-    positions = np.stack([2.04 * i, 2.04 * j], -1)[(i + j) % 2 == 0] + 0.7 + rng.normal(0, 0.03, (50, 2))
-    series = FocalSeries(defocus, 0.34, np.full(n, 9612.0), (60, 60), True)
-    field = Field(positions, rng.integers(3, 12, 50), rng.normal(0, 6, 50), np.full(n, 1e-3), np.ones(n), np.zeros((n, 2)))
-    rate = np.maximum(np.asarray(expected_counts(field, library, series), float), 0)
-    return rate, make_problem(rng.poisson(rate), field, library, series, NUISANCES)
-
-
-def fit_qualities(library, seed):
-    """Goodness of fit of every column to the true rates, to the fitted ones, and to these with their leverage."""
-    rate, problem = fifty_columns(library, seed)
-    estimate = maximum(problem)
-    fitted, leverage = rates(estimate.parameters, problem), leverages(estimate, problem)
-    assert 0.9 * 186 < leverage.sum() < 186  # the prior knows the rest
-    return [goodness_of_fit(estimate.parameters, problem, *options) for options in ((rate,), (fitted,), (fitted, leverage))]
-
-
-def test_leverage_gives_back_what_the_fit_took_off_the_deviance(library):
-    truth, fitted, mended = fit_qualities(library, 0)
-    error = (mended - truth).std() / np.sqrt(50)
-    assert error < 0.02
-    assert np.mean(fitted - truth) < -4 * error
-    assert abs(np.mean(mended - truth)) < 3.5 * error
-
-
-@pytest.mark.slow
-def test_goodness_of_fit_has_uniform_p_values_under_truth_with_everything_fitted(library):
-    mended = np.concatenate([fit_qualities(library, seed)[2] for seed in range(12)])
-    assert kstest(mended, "norm").pvalue > 1e-3
 
 
 def test_plotted_ranks_stand_beside_the_band_of_a_right_posterior():

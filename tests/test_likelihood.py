@@ -11,6 +11,7 @@ import pytest
 from depthprob.errors import InputError
 from depthprob.inference import local
 from depthprob.inference.gaussian_peak import fit_gaussian_peaks
+from depthprob.inference.goodness import goodness_of_fit
 from depthprob.inference.likelihood import (
     AFFINE,
     column_amplitudes,
@@ -21,7 +22,6 @@ from depthprob.inference.likelihood import (
     field_of,
     fisher_and_score,
     from_vector,
-    goodness_of_fit,
     log_likelihood,
     make_problem,
     maximum,

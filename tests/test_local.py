@@ -12,7 +12,8 @@ from scipy.stats import poisson
 from depthprob.errors import InputError
 from depthprob.inference import density, likelihood, local
 from depthprob.inference.arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
-from depthprob.inference.likelihood import fisher_and_score, from_vector, goodness_of_fit, make_problem, objective, prior_slope, to_vector
+from depthprob.inference.goodness import goodness_of_fit
+from depthprob.inference.likelihood import fisher_and_score, from_vector, make_problem, objective, prior_slope, to_vector
 from depthprob.inference.posterior import infer, to_arviz
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 

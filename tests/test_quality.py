@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from depthprob.config import Config
+from depthprob.inference.goodness import Dispersion
 from depthprob.inference.held import Asked
-from depthprob.inference.likelihood import Amplitudes, Dispersion
+from depthprob.inference.likelihood import Amplitudes
 from depthprob.reconstruction import quality
 from depthprob.reconstruction.joint import JointFit
 from depthprob.reconstruction.superposition import Owed

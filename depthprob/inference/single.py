@@ -17,7 +17,8 @@ from ..devices import SPREAD, WHOLE, filled, spread
 from ..physics.focal_series import FocalSeries
 from ..physics.library import ColumnLibrary
 from .gaussian_peak import fit_gaussian_peaks
-from .likelihood import BACKGROUND_SHAPE, DARKEST, PRIOR_SD, _null_table
+from .goodness import null_table
+from .likelihood import BACKGROUND_SHAPE, DARKEST, PRIOR_SD
 
 STEPS = 8  # tabulated positions per pixel; between them a second-order expansion, good to 1e-3 of the brightest pixel
 FREE = ("depth", "x", "y", "log_gain", "log_background")
@@ -228,7 +229,7 @@ def _fit(patches, n, near, start, scan, free, library, tables, defocus, scale, n
 
 
 def _goodness(counts, rate, null):
-    """Deviance of all pixels, standardised by its null mean and variance; `null` as of `likelihood._null_table`, even in the logarithm."""
+    """Deviance of all pixels, standardised by its null mean and variance; `null` as of `goodness.null_table`, even in the logarithm."""
     logarithm = jnp.log(rate)
     place = jnp.round((logarithm - null[0, 0]) * ((null.shape[1] - 1) / (null[0, -1] - null[0, 0]))).astype(jnp.int32)
     mean, variance = null[1:, jnp.clip(place, 0, null.shape[1] - 1)]
@@ -238,8 +239,8 @@ def _goodness(counts, rate, null):
 
 
 def _fine_null_table(largest: float) -> np.ndarray:
-    """`_null_table` drawn out to `NULL` places."""
-    coarse = _null_table(largest)
+    """`null_table` drawn out to `NULL` places."""
+    coarse = null_table(largest)
     fine = np.linspace(coarse[0, 0], coarse[0, -1], NULL)
     return np.array([fine, *(np.interp(fine, coarse[0], row) for row in coarse[1:])])
 

@@ -16,6 +16,7 @@ from ..config import Config
 from ..inference import likelihood, local
 from ..inference.counts import marginal_draws, mean_square_shift
 from ..inference.gaussian_peak import PeakFit
+from ..inference.goodness import over_dispersed
 from ..inference.likelihood import AFFINE, DARKEST, PER_COLUMN, Amplitudes, Estimate, Problem, field_of, make_problem
 from ..inference.posterior import LARGE, Posterior
 from ..physics.focal_series import Field, FocalSeries
@@ -154,7 +155,7 @@ def fit_jointly(
             break
     problem = posed(field, centre)
     if dispersed:
-        problem, mode = likelihood.over_dispersed(problem, fit.rates(mode.parameters, problem)), None
+        problem, mode = over_dispersed(problem, fit.rates(mode.parameters, problem)), None
     return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled, short)
 
 
@@ -162,7 +163,7 @@ def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitu
     """Atom counts that a fit's amplitudes ask for, and the amplitudes, reckoned from those `before`; `dispersed` counts scatter more than Poisson's."""
     fit, library, n = local if problem.draw is None else likelihood, problem.library, np.asarray(problem.n_atoms)
     amplitudes = fit.column_amplitudes(parameters, problem, before)
-    noisier = likelihood.over_dispersed(problem, fit.rates(parameters, problem)).dispersion ** 0.5 if dispersed else 1.0
+    noisier = over_dispersed(problem, fit.rates(parameters, problem)).dispersion ** 0.5 if dispersed else 1.0
     # a gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts
     cross = library.cross_section[n - 1] * np.exp(np.asarray(parameters["log_gain"]).mean())
     counts = count_by_library(amplitudes.value * cross, np.hypot(amplitudes.sd * noisier, LIBRARY_ERROR) * cross, library.cross_section, scale_sd=SCALE_SD)

@@ -17,7 +17,8 @@ from ..errors import InputError
 from ..inference import held, likelihood, local
 from ..inference.counts import depth_shifts
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
-from ..inference.likelihood import AFFINE, goodness_of_fit
+from ..inference.goodness import dispersion_of, goodness_of_fit, image_dispersions, leverages
+from ..inference.likelihood import AFFINE
 from ..inference.posterior import LARGE, infer, to_arviz
 from ..inference.sampling import gradients
 from ..io import read_drift_csv
@@ -296,12 +297,12 @@ def reconstruct(
     surface = find_surface(atoms, snapped.column_of_atom, ends, variance, positions, crystal_of(config), config.specimen.zone_axis)
 
     rate = fit.rates(estimate.parameters, problem)
-    leverage = None if fit is local else likelihood.leverages(estimate, problem)
+    leverage = None if fit is local else leverages(estimate, problem)
     fit_quality = goodness_of_fit(estimate.parameters, problem, rate, leverage)
-    spread = likelihood.dispersion_of(problem, rate)
+    spread = dispersion_of(problem, rate)
     warnings = [
         *quality.doubts_of_counts(stack.data, dose, pixel, columns.width, read_variance_of(config)),
-        *quality.doubts_of_images(likelihood.image_dispersions(problem, rate), parameters["log_gain"], defocus, config),
+        *quality.doubts_of_images(image_dispersions(problem, rate), parameters["log_gain"], defocus, config),
         *quality.doubts_of_scan(scan_residuals(np.asarray(problem.counts), rate, np.asarray(problem.mask), pixel, read_variance_of(config), float(problem.dispersion)), series.shape, pixel),
         *quality.doubts_of_lattice(lattice_stretch(positions - np.outer(depths.mean, lean), geometry), geometry.spacing),
         *quality.doubts_of_field(positions, shifts, series.shape, pixel, periodic),

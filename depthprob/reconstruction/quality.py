@@ -5,8 +5,8 @@ from scipy.ndimage import convolve
 from scipy.stats import binom, poisson
 
 from ..config import Config
+from ..inference.goodness import Dispersion
 from ..inference.held import Asked
-from ..inference.likelihood import Dispersion
 from ..physics.electron import wavelength
 from ..physics.optics import edge_phase
 from .joint import ROUNDS, JointFit
