@@ -21,7 +21,7 @@ _PUBLIC = {
     "infer": "inference.posterior",
     "library_from_gram": "physics.library",
     "load_gram": "physics.library",
-    "make_problem": "inference.likelihood",
+    "make_problem": "inference.problem",
     "maximum": "inference.likelihood",
     "plot_ranks": "plotting",
     "read_config": "config",

@@ -25,7 +25,8 @@ import numpy as np
 
 import depthprob as dp
 from depthprob.inference.fisher import atom_counts, information_of, phonon_information, poisson_fisher
-from depthprob.inference.likelihood import fisher_and_score, make_problem
+from depthprob.inference.likelihood import fisher_and_score
+from depthprob.inference.problem import make_problem
 
 jax.config.update("jax_enable_x64", True)
 SMALL = os.environ.get("DEPTHPROB_NOTEBOOKS") == "small"

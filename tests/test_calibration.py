@@ -12,18 +12,9 @@ from scipy.stats import poisson
 
 from depthprob.inference.calibration import calibrate, draw_truth, uniformity
 from depthprob.inference.goodness import dispersion_of, goodness_of_fit, over_dispersed
-from depthprob.inference.likelihood import (
-    column_bounds,
-    field_of,
-    find_mode,
-    from_vector,
-    make_problem,
-    maximum,
-    prior_precision,
-    rates,
-    to_vector,
-)
+from depthprob.inference.likelihood import column_bounds, find_mode, maximum, rates
 from depthprob.inference.posterior import infer, to_arviz
+from depthprob.inference.problem import field_of, from_vector, make_problem, prior_precision, to_vector
 from depthprob.inference.sampling import WARMUP, Whitened, best_normal, nuts
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.plotting import plot_ranks

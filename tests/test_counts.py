@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from depthprob.inference.counts import REACH, depth_shifts, marginal_draws, mean_square_shift
-from depthprob.inference.likelihood import make_problem, maximum
+from depthprob.inference.likelihood import maximum
+from depthprob.inference.problem import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 
 DEFOCUS = np.arange(-160.0, 161.0, 20.0)

@@ -22,7 +22,7 @@ import depthprob
 from depthprob.cli import app
 from depthprob.config import read_config
 from depthprob.inference import local
-from depthprob.inference.likelihood import make_problem
+from depthprob.inference.problem import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries
 from depthprob.physics.library import ColumnLibrary
 from depthprob.reconstruction.libraries import write_library

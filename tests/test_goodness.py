@@ -5,7 +5,8 @@ import pytest
 from scipy.stats import kstest
 
 from depthprob.inference.goodness import goodness_of_fit, leverages
-from depthprob.inference.likelihood import make_problem, maximum, rates
+from depthprob.inference.likelihood import maximum, rates
+from depthprob.inference.problem import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 
 pytestmark = pytest.mark.usefixtures("double_precision")

@@ -10,7 +10,8 @@ from scipy.stats import chi2
 from depthprob.config import Config
 from depthprob.inference import local
 from depthprob.inference.held import Asked, asked
-from depthprob.inference.likelihood import make_problem, maximum
+from depthprob.inference.likelihood import maximum
+from depthprob.inference.problem import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.reconstruction.quality import doubts_of_settings
 

@@ -13,22 +13,18 @@ from depthprob.inference import local
 from depthprob.inference.gaussian_peak import fit_gaussian_peaks
 from depthprob.inference.goodness import goodness_of_fit
 from depthprob.inference.likelihood import (
-    AFFINE,
     column_amplitudes,
     column_bounds,
     crlb,
     depth_bounds,
     depth_sd,
-    field_of,
     fisher_and_score,
-    from_vector,
     log_likelihood,
-    make_problem,
     maximum,
     rates,
-    to_vector,
 )
 from depthprob.inference.posterior import infer, to_arviz
+from depthprob.inference.problem import AFFINE, field_of, from_vector, make_problem, to_vector
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 
 DEFOCUS = np.arange(-180.0, 181.0, 20.0)

@@ -13,8 +13,9 @@ from depthprob.errors import InputError
 from depthprob.inference import density, likelihood, local
 from depthprob.inference.arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
 from depthprob.inference.goodness import goodness_of_fit
-from depthprob.inference.likelihood import fisher_and_score, from_vector, make_problem, objective, prior_slope, to_vector
+from depthprob.inference.likelihood import fisher_and_score, objective
 from depthprob.inference.posterior import infer, to_arviz
+from depthprob.inference.problem import from_vector, make_problem, prior_precision, prior_slope, to_vector
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 
 DEFOCUS = np.arange(-160.0, 161.0, 40.0)
@@ -169,7 +170,7 @@ def test_density_and_its_gradient_are_those_of_the_dense_likelihood(problem, mon
     """Near a mode, and with all columns further from there than their windows stay behind."""
     monkeypatch.setattr(local, "CLASSES", 1)  # quick to compile
     field = density.windowed(problem.start, problem)
-    covariance = np.linalg.inv(fisher_and_score(problem.start, problem)[0] + likelihood.prior_precision(problem))
+    covariance = np.linalg.inv(fisher_and_score(problem.start, problem)[0] + prior_precision(problem))
     shift = np.concatenate([np.full(problem.start[name].size, 0.3 * (name == "x")) for name in problem.free])
     assert shift.max() > density.ROOM * problem.series.pixel_size
     columns = slice(0, 3 * len(problem.n_atoms))

@@ -338,8 +338,8 @@ def test_a_thin_column_among_thick_ones_is_found_by_the_fits_residuals(library, 
     """Two atoms between columns of twelve, as at the rim of a thick rod; the fit knows the others. Nothing is found where nothing is missing."""
     import jax
 
-    from depthprob.inference.likelihood import make_problem
     from depthprob.inference.likelihood import rates as expected_rates
+    from depthprob.inference.problem import make_problem
     from depthprob.physics.focal_series import Field, FocalSeries, sample_counts
     from depthprob.reconstruction.joint import hidden_columns, with_columns
 

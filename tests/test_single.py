@@ -9,7 +9,8 @@ from scipy.optimize import least_squares, root
 from scipy.stats import kstest
 
 from depthprob.inference import single
-from depthprob.inference.likelihood import BACKGROUND_SHAPE, PRIOR_SD, depth_bounds, fisher_and_score, make_problem, maximum
+from depthprob.inference.likelihood import depth_bounds, fisher_and_score, maximum
+from depthprob.inference.problem import BACKGROUND_SHAPE, PRIOR_SD, make_problem
 from depthprob.inference.single import compare_estimators, fit_single_columns
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 

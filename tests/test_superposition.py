@@ -13,7 +13,7 @@ from scipy.interpolate import CubicSpline
 
 from depthprob.config import Config, config_from_dict
 from depthprob.inference import likelihood, local
-from depthprob.inference.likelihood import make_problem
+from depthprob.inference.problem import field_of, make_problem
 from depthprob.physics.crosstalk import PairGram
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.physics.optics import Microscope
@@ -239,7 +239,7 @@ def test_a_hidden_column_may_make_a_field_large(library, monkeypatch):
 
 def test_thin_fields_and_plain_settings_ask_for_no_correction(fitted):
     joint, _, _ = fitted(likelihood)
-    field = likelihood.field_of(joint.estimate.parameters, joint.problem.n_atoms)
+    field = field_of(joint.estimate.parameters, joint.problem.n_atoms)
     for settings in ({}, {"inference": {"superposition": "plain"}}, {"inference": {"superposition": "corrected"}, "specimen": {"tilt_mrad": [5.0, 0.0]}}):
         assert not superposition.asked_for(field, joint.problem.series, config_from_dict(settings))[0]
     assert superposition.asked_for(field, joint.problem.series, CORRECTED)[0]

@@ -10,8 +10,8 @@ import numpy as np
 from scipy.stats import kstest, ttest_1samp
 
 from ..physics.focal_series import expected_counts
-from .likelihood import MEAN_SD, Problem, field_of, from_vector, to_vector
 from .posterior import infer
+from .problem import MEAN_SD, Problem, field_of, from_vector, to_vector
 
 
 class Calibration(NamedTuple):

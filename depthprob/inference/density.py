@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from ..physics.focal_series import background_images, counts_per_fraction, displaced
 from ..physics.windows import BATCH, WindowRenderer, painted_image
 from . import local
-from .likelihood import DARKEST, PER_IMAGE, Problem, field_of, from_vector, log_prior, places
+from .problem import DARKEST, PER_IMAGE, Problem, field_of, from_vector, log_prior, places
 
 ROOM = 0.5  # pixels that a column moves from the mode before its window follows
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import equinox as eqx
 import numpy as np
 
-from .likelihood import DARKEST, GLOBAL, PER_COLUMN, Estimate, Problem, image_terms, parameter_names, per_image, places
+from .likelihood import Estimate, image_terms
+from .problem import DARKEST, GLOBAL, PER_COLUMN, Problem, parameter_names, per_image, places
 
 
 def leverages(estimate: Estimate, problem: Problem) -> np.ndarray:

@@ -10,7 +10,8 @@ from ..physics.focal_series import renderer
 from ..physics.library import ColumnLibrary
 from . import likelihood, local
 from .arrow import ArrowFactor
-from .likelihood import DARKEST, Estimate, Problem
+from .likelihood import Estimate
+from .problem import DARKEST, Problem
 
 POWERS = (1, 2, 3)  # of the number of atoms, by which wrong counts brighten columns
 ROUNDING = 1e-6  # of a setting's information, below which what the fitted parameters leave of it is rounding: float32 images leave 2e-8, of either sign

@@ -22,24 +22,19 @@ from ..physics.focal_series import FocalSeries, background_images, from_middle, 
 from ..physics.library import ColumnLibrary
 from ..physics.windows import BATCH, WindowRenderer, draw_windows, overlap_windows, paint_windows, window_renderer
 from .arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
-from .likelihood import (
+from .likelihood import LARGEST_STEP, ROUGH, Amplitudes, Estimate, Mode, less_mean
+from .problem import (
     DARKEST,
     GLOBAL,
-    LARGEST_STEP,
     MEAN_SD,
     PER_COLUMN,
     PER_IMAGE,
-    ROUGH,
     SMOOTH,
-    Amplitudes,
-    Estimate,
-    Mode,
     Problem,
     by_position,
     distortions_of,
     field_of,
     from_vector,
-    less_mean,
     log_prior,
     parameter_names,
     per_image,
@@ -563,7 +558,7 @@ def information(parameters: dict, problem: Problem, rate: np.ndarray, progress: 
 
 
 def select(matrix: ArrowMatrix, problem: Problem) -> ArrowMatrix:
-    """Only the free parameters, in the order of `likelihood.to_vector`."""
+    """Only the free parameters, in the order of `problem.to_vector`."""
     n_columns, n_foci = len(problem.n_atoms), len(problem.series.defocus)
     kept, names = [], per_image(problem)
     for j, name in enumerate(names):

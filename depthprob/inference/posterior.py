@@ -22,7 +22,8 @@ from ..physics.focal_series import expected_counts
 from ..storage import HDF5_OVERHEAD, atomic_write
 from . import density, local
 from .arrow import ArrowFactor
-from .likelihood import AFFINE, GLOBAL, PER_COLUMN, SMOOTH, Estimate, Problem, field_of, from_vector, image_log_likelihoods, maximum, to_vector
+from .likelihood import Estimate, image_log_likelihoods, maximum
+from .problem import AFFINE, GLOBAL, PER_COLUMN, SMOOTH, Problem, field_of, from_vector, to_vector
 from .sampling import WARMUP, Whitened, best_normal, nuts
 
 LARGE = 200  # columns beyond which fields are fitted window by window

@@ -18,7 +18,7 @@ from ..physics.focal_series import FocalSeries
 from ..physics.library import ColumnLibrary
 from .gaussian_peak import fit_gaussian_peaks
 from .goodness import null_table
-from .likelihood import BACKGROUND_SHAPE, DARKEST, PRIOR_SD
+from .problem import BACKGROUND_SHAPE, DARKEST, PRIOR_SD
 
 STEPS = 8  # tabulated positions per pixel; between them a second-order expansion, good to 1e-3 of the brightest pixel
 FREE = ("depth", "x", "y", "log_gain", "log_background")

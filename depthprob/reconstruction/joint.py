@@ -17,8 +17,9 @@ from ..inference import likelihood, local
 from ..inference.counts import marginal_draws, mean_square_shift
 from ..inference.gaussian_peak import PeakFit
 from ..inference.goodness import over_dispersed
-from ..inference.likelihood import AFFINE, DARKEST, PER_COLUMN, Amplitudes, Estimate, Problem, field_of, make_problem
+from ..inference.likelihood import Amplitudes, Estimate
 from ..inference.posterior import LARGE, Posterior
+from ..inference.problem import AFFINE, DARKEST, PER_COLUMN, Problem, field_of, make_problem
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
 from .columns import peak_offsets

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from .. import processes
 from ..config import NUISANCES, Config
 from ..errors import InputError
-from ..inference import held, likelihood, local
+from ..inference import held, local
 from ..inference.counts import depth_shifts
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
 from ..inference.goodness import dispersion_of, goodness_of_fit, image_dispersions, leverages
-from ..inference.likelihood import AFFINE
 from ..inference.posterior import LARGE, infer, to_arviz
+from ..inference.problem import AFFINE, distortions_of, places
 from ..inference.sampling import gradients
 from ..io import read_drift_csv
 from ..physics.focal_series import Field, FocalSeries
@@ -260,7 +260,7 @@ def reconstruct(
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}
     positions = np.stack([parameters["x"], parameters["y"]], 1)
     shifts = np.stack([parameters["shift_x"], parameters["shift_y"]], 1)
-    displacements = likelihood.places(parameters, series) - positions
+    displacements = places(parameters, series) - positions
 
     stages("other counts")
     if len(positions) > len(found):  # the fit's residuals showed more
@@ -364,7 +364,7 @@ def reconstruct(
         fixed=[w for w in NUISANCES if w not in config.inference.free],
         data=to_arviz(result, problem, relative),
         truth=truth,
-        distortion=likelihood.distortions_of(parameters),
+        distortion=distortions_of(parameters),
         distortion_sd=np.stack([estimate.sd(name) for name in AFFINE], 1).reshape(-1, 2, 2) if AFFINE[0] in problem.free else None,
     )
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.interpolate import CubicSpline
 
-from ..inference.likelihood import DARKEST
+from ..inference.problem import DARKEST
 
 TINY = 1e-30
 

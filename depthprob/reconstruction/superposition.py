@@ -14,7 +14,7 @@ from ..config import Config
 from ..devices import rounded
 from ..inference import local
 from ..inference.arrow import ArrowFactor
-from ..inference.likelihood import Problem, field_of, from_vector, to_vector
+from ..inference.problem import Problem, field_of, from_vector, to_vector
 from ..physics import crosstalk
 from ..physics.crosstalk import PairGram
 from ..physics.focal_series import Field, FocalSeries, defocus_minus_depth

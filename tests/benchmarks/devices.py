@@ -33,7 +33,8 @@ def parts(n_columns: int):
 
     from depthprob.inference import density, local
     from depthprob.inference.arrow import ArrowFactor, plus_diagonal
-    from depthprob.inference.likelihood import make_problem, maximum, prior_curvature, to_vector
+    from depthprob.inference.likelihood import maximum
+    from depthprob.inference.problem import make_problem, prior_curvature, to_vector
     from depthprob.inference.sampling import Whitened, nuts
     from depthprob.physics.detector import AnnularDetector
     from depthprob.physics.focal_series import Field, FocalSeries

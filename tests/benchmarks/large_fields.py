@@ -49,7 +49,7 @@ def make(library_path: Path, folder: Path, n_columns: int, corrected: bool = Fal
     jax.config.update("jax_enable_x64", True)
     from depthprob.config import read_config
     from depthprob.inference import local
-    from depthprob.inference.likelihood import make_problem
+    from depthprob.inference.problem import make_problem
     from depthprob.physics.focal_series import Field, FocalSeries
     from depthprob.physics.library import ColumnLibrary
     from depthprob.reconstruction import superposition

@@ -23,8 +23,9 @@ from numpyro.infer import MCMC, NUTS, init_to_value
 
 jax.config.update("jax_enable_x64", True)
 
-from depthprob.inference.likelihood import BACKGROUND_SHAPE, PRIOR_SD, Problem, log_likelihood, make_problem, maximum  # noqa: E402
+from depthprob.inference.likelihood import log_likelihood, maximum  # noqa: E402
 from depthprob.inference.posterior import infer  # noqa: E402
+from depthprob.inference.problem import BACKGROUND_SHAPE, PRIOR_SD, Problem, make_problem  # noqa: E402
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts  # noqa: E402
 from depthprob.physics.library import ColumnLibrary  # noqa: E402
 

@@ -27,7 +27,7 @@ from scipy.fft import next_fast_len
 
 import depthprob as dp
 from depthprob.config import config_from_dict
-from depthprob.inference.likelihood import make_problem
+from depthprob.inference.problem import make_problem
 from depthprob.physics.focal_series import renderer
 from depthprob.physics.multislice import multislice, transmission
 from depthprob.reconstruction.superposition import lacking
