@@ -14,7 +14,7 @@ _PUBLIC = {
     "calibrate": "inference.calibration",
     "column_bounds": "inference.likelihood",
     "compare_estimators": "inference.single",
-    "crlb": "inference.likelihood",
+    "crlb": "inference.crlb",
     "expected_counts": "physics.focal_series",
     "fit_gaussian_peaks": "inference.gaussian_peak",
     "fit_single_columns": "inference.single",

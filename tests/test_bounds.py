@@ -9,7 +9,7 @@ import pytest
 
 from depthprob.config import Config, config_from_dict
 from depthprob.errors import InputError
-from depthprob.inference.likelihood import crlb
+from depthprob.inference.crlb import crlb
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.focal_series import Field, FocalSeries, counts_by_focal_variance, expected_counts
 from depthprob.physics.library import library_from_gram

@@ -10,12 +10,12 @@ import pytest
 
 from depthprob.errors import InputError
 from depthprob.inference import local
+from depthprob.inference.crlb import crlb
 from depthprob.inference.gaussian_peak import fit_gaussian_peaks
 from depthprob.inference.goodness import goodness_of_fit
 from depthprob.inference.likelihood import (
     column_amplitudes,
     column_bounds,
-    crlb,
     depth_bounds,
     depth_sd,
     fisher_and_score,

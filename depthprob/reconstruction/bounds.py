@@ -7,8 +7,8 @@ import numpy as np
 
 from ..config import Config
 from ..errors import InputError
+from ..inference.crlb import crlb
 from ..inference.fisher import atom_information
-from ..inference.likelihood import crlb
 from ..physics.focal_series import Field, FocalSeries, counts_by_focal_variance, expected_counts
 from ..physics.gram import ColumnGram, has_full_symmetry
 from .joint import PRIOR_OF
