@@ -6,15 +6,15 @@ default written here; an unknown key or section is an error.
 
 import csv
 import dataclasses
-import difflib
 import math
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .checks import Check, angle, chemical_symbol, choice, choices, fail, flag, list_of, nearest, not_negative, number, one_or_list, positive, text
 from .errors import InputError
 
 ELEMENTARY_CHARGE = 1.602176634e-19  # C, exact since 2019
@@ -42,137 +42,10 @@ ABERRATIONS = tuple(
     if (n, m) != (3, "0")
 )
 
-# Checks of one value each: (name of the key, value) -> value in its proper type ---------------------
-
-Check = Callable[[str, Any], Any]
-
-
-def _fail(name: str, given: Any, allowed: str, mend: str = "") -> InputError:
-    return InputError(f"{name} is {given!r}; allowed is {allowed}." + (f" {mend}" if mend else ""))
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as ' Did you mean x?', or the list of what is known."""
-    known = list(known)
-    folded = {k.lower(): k for k in known}
-    close = difflib.get_close_matches(word.lower(), list(folded), n=1, cutoff=0.4)
-    if close:
-        return f"Did you mean {folded[close[0]]!r}?"
-    return f"Known are: {', '.join(known)}." if known else "No keys are known here."
-
-
-def _number(
-    *,
-    above: float | int | None = None,
-    at_least: float | int | None = None,
-    at_most: float | int | None = None,
-    whole: bool = False,
-) -> Check:
-    """Check of one finite number within its range, read as float, or as int where `whole`."""
-    allowed = "a whole number" if whole else "a finite number"
-    parts = [
-        f"above {above:g}" if above is not None else "",
-        f"at least {at_least:g}" if at_least is not None else "",
-        f"at most {at_most:g}" if at_most is not None else "",
-    ]
-    allowed = " ".join([allowed, " and ".join(p for p in parts if p)]).strip()
-
-    def check(name: str, value: Any) -> float | int:
-        kinds = int if whole else (int, float)
-        is_number = isinstance(value, kinds) and not isinstance(value, bool)
-        if not is_number or not -1e300 < value < 1e300:  # false for nan too
-            mend = "Write it without quotation marks." if isinstance(value, str) else ""
-            raise _fail(name, value, allowed, mend)
-        inside = (
-            (above is None or value > above)
-            and (at_least is None or value >= at_least)
-            and (at_most is None or value <= at_most)
-        )
-        if not inside:
-            raise _fail(name, value, allowed)
-        return value if whole else float(value)
-
-    return check
-
-
-def _list_of(check_one: Check, length: int | None = None) -> Check:
-    """Check of a list, element by element, read as a tuple."""
-
-    def check(name: str, value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, (list, tuple)) or len(value) == 0:
-            raise _fail(name, value, "a list [a, b, ...]")
-        if length is not None and len(value) != length:
-            raise _fail(name, list(value), f"a list of {length} values")
-        return tuple(check_one(f"{name}[{i}]", v) for i, v in enumerate(value))
-
-    return check
-
-
-def _one_or_list(check_one: Check) -> Check:
-    """Check of a single value or a list of such values."""
-
-    def check(name: str, value: Any) -> Any:
-        many = isinstance(value, (list, tuple))
-        return _list_of(check_one)(name, value) if many else check_one(name, value)
-
-    return check
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _fail(name, value, "true or false", "Write it without quotation marks.")
-    return value
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _fail(name, value, "a text in quotation marks")
-    return value
-
-
-def _choice(options: Iterable[str]) -> Check:
-    options = tuple(options)
-
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in options:
-            allowed = "one of " + ", ".join(repr(option) for option in options)
-            hint = _nearest(value, options) if isinstance(value, str) else ""
-            raise _fail(name, value, allowed, hint if hint.startswith("Did") else "")
-        return value
-
-    return check
-
-
-def _choices(options: Iterable[str]) -> Check:
-    """Check of a list of distinct names; an empty list is fine."""
-    one = _choice(options)
-
-    def check(name: str, value: Any) -> tuple[str, ...]:
-        if isinstance(value, (list, tuple)) and len(value) == 0:
-            return ()
-        names = _list_of(one)(name, value)
-        if len(set(names)) != len(names):
-            raise _fail(name, list(names), "a list in which every name appears once")
-        return names
-
-    return check
-
-
-def _element(name: str, value: Any) -> str:
-    from ase.data import chemical_symbols
-
-    symbols = chemical_symbols[1:104]
-    if not isinstance(value, str) or value not in symbols:
-        hint = ""
-        if isinstance(value, str) and value.strip().capitalize() in symbols:
-            hint = f"Did you mean {value.strip().capitalize()!r}?"
-        raise _fail(name, value, "a chemical symbol from 'H' to 'Lr', such as 'Au'", hint)
-    return value
-
 
 def _aberrations(name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping):
-        raise _fail(name, value, f"a table [{name}] of magnitudes and azimuths")
+        raise fail(name, value, f"a table [{name}] of magnitudes and azimuths")
     known = [f"{a}_A" for a in ABERRATIONS]
     known += [f"phi{a[1:]}_deg" for a in ABERRATIONS if not a.endswith("0")]
     read = {}
@@ -183,20 +56,15 @@ def _aberrations(name: str, value: Any) -> dict[str, float]:
                 "C30_A": "Write microscope.spherical_aberration_mm instead.",
             }
             raise InputError(
-                f"unknown key {key!r} in [{name}]. {special.get(key) or _nearest(key, known)}"
+                f"unknown key {key!r} in [{name}]. {special.get(key) or nearest(key, known)}"
             )
-        read[key] = _number(at_least=0.0 if key.endswith("_A") else None)(f"{name}.{key}", entry)
+        read[key] = number(at_least=0.0 if key.endswith("_A") else None)(f"{name}.{key}", entry)
     for key in read:
         if key.startswith("phi") and f"C{key[3:5]}_A" not in read:
             raise InputError(
                 f"{name}.{key} is given without C{key[3:5]}_A. Give the magnitude too."
             )
     return read
-
-
-_positive = _number(above=0.0)
-_not_negative = _number(at_least=0.0)
-_angle = _number(above=0.0, at_most=1000.0)
 
 
 def _key(default: Any, check: Check) -> Any:
@@ -212,11 +80,11 @@ def _key(default: Any, check: Check) -> Any:
 def _prior_sd(known: tuple[str, ...]) -> Check:
     def check(name: str, value: Any) -> dict[str, float]:
         if not isinstance(value, Mapping):
-            raise _fail(name, value, f"a table [{name}] of standard deviations")
+            raise fail(name, value, f"a table [{name}] of standard deviations")
         for key in value:
             if key not in known:
-                raise InputError(f"unknown key {key!r} in [{name}]. {_nearest(key, known)}")
-        return {key: _number(above=0.0)(f"{name}.{key}", entry) for key, entry in value.items()}
+                raise InputError(f"unknown key {key!r} in [{name}]. {nearest(key, known)}")
+        return {key: number(above=0.0)(f"{name}.{key}", entry) for key, entry in value.items()}
 
     return check
 
@@ -225,11 +93,11 @@ def _prior_sd(known: tuple[str, ...]) -> Check:
 class MicroscopeConfig:
     """[microscope]: the probe."""
 
-    energy_keV: float = _key(300.0, _number(at_least=1.0, at_most=10_000.0))
-    convergence_angle_mrad: float = _key(21.0, _angle)
-    spherical_aberration_mm: float = _key(0.0, _number())
-    source_fwhm_A: float = _key(0.7, _not_negative)
-    focal_spread_A: float = _key(0.0, _not_negative)
+    energy_keV: float = _key(300.0, number(at_least=1.0, at_most=10_000.0))
+    convergence_angle_mrad: float = _key(21.0, angle)
+    spherical_aberration_mm: float = _key(0.0, number())
+    source_fwhm_A: float = _key(0.7, not_negative)
+    focal_spread_A: float = _key(0.0, not_negative)
     aberrations: dict[str, float] = _key({}, _aberrations)
 
 
@@ -242,14 +110,14 @@ class DetectorConfig:
     """
 
     inner_mrad: float | tuple[float, ...] = _key(
-        48.0, _one_or_list(_number(at_least=0.0, at_most=1000.0))
+        48.0, one_or_list(number(at_least=0.0, at_most=1000.0))
     )
-    outer_mrad: float | tuple[float, ...] = _key(180.0, _one_or_list(_angle))
-    sensitivity: str | None = _key(None, _text)
-    sensitivity_pixel_mrad: float | None = _key(None, _angle)
-    gain: float = _key(1.0, _positive)
-    offset: float = _key(0.0, _number())
-    read_noise: float = _key(0.0, _not_negative)
+    outer_mrad: float | tuple[float, ...] = _key(180.0, one_or_list(angle))
+    sensitivity: str | None = _key(None, text)
+    sensitivity_pixel_mrad: float | None = _key(None, angle)
+    gain: float = _key(1.0, positive)
+    offset: float = _key(0.0, number())
+    read_noise: float = _key(0.0, not_negative)
 
     @property
     def inner(self) -> np.ndarray:
@@ -292,20 +160,20 @@ class DetectorConfig:
 class FocalSeriesConfig:
     """[focal_series]: foci, pixels and dose."""
 
-    defocus_A: tuple[float, ...] | None = _key(None, _list_of(_number()))
-    defocus_start_A: float | None = _key(-200.0, _number())
-    defocus_stop_A: float | None = _key(200.0, _number())
-    defocus_step_A: float | None = _key(10.0, _number())
-    pixel_size_A: float = _key(0.1, _positive)
-    dose_e_per_A2: float | tuple[float, ...] | None = _key(9612.0, _one_or_list(_positive))
-    probe_current_pA: float | None = _key(None, _positive)
-    dwell_time_us: float | None = _key(None, _positive)
-    signal: str = _key("counts", _choice(("counts", "fraction", "raw")))
-    periodic: bool = _key(False, _flag)
-    field_of_view_A: float = _key(12.0, _positive)
-    foci_table: str | None = _key(None, _text)
-    image_files: tuple[str, ...] | None = _key(None, _list_of(_text))
-    drift_file: str | None = _key(None, _text)  # shifts found elsewhere, as in drift.csv; the fit starts from them
+    defocus_A: tuple[float, ...] | None = _key(None, list_of(number()))
+    defocus_start_A: float | None = _key(-200.0, number())
+    defocus_stop_A: float | None = _key(200.0, number())
+    defocus_step_A: float | None = _key(10.0, number())
+    pixel_size_A: float = _key(0.1, positive)
+    dose_e_per_A2: float | tuple[float, ...] | None = _key(9612.0, one_or_list(positive))
+    probe_current_pA: float | None = _key(None, positive)
+    dwell_time_us: float | None = _key(None, positive)
+    signal: str = _key("counts", choice(("counts", "fraction", "raw")))
+    periodic: bool = _key(False, flag)
+    field_of_view_A: float = _key(12.0, positive)
+    foci_table: str | None = _key(None, text)
+    image_files: tuple[str, ...] | None = _key(None, list_of(text))
+    drift_file: str | None = _key(None, text)  # shifts found elsewhere, as in drift.csv; the fit starts from them
 
     @property
     def defocus(self) -> np.ndarray:
@@ -385,17 +253,17 @@ class FocalSeriesConfig:
 class SpecimenConfig:
     """[specimen]: the crystal, or an isolated column of it."""
 
-    element: str = _key("Au", _element)
-    structure: str = _key("fcc", _choice(STRUCTURES))
-    cell_file: str | None = _key(None, _text)
-    lattice_constant_A: float = _key(4.08, _number(above=0.0, at_most=1000.0))
-    lattice_constant_c_A: float | None = _key(None, _number(above=0.0, at_most=1000.0))  # hcp; ideal by default
-    zone_axis: tuple[int, ...] = _key((0, 0, 1), _list_of(_number(at_least=-9, at_most=9, whole=True), 3))
-    debye_waller_B_A2: float | None = _key(0.63, _not_negative)
-    rms_displacement_A: float | None = _key(None, _not_negative)
-    n_atoms: int = _key(10, _number(at_least=1, whole=True))
-    tilt_mrad: tuple[float, ...] = _key((0.0, 0.0), _list_of(_number(at_least=-50.0, at_most=50.0), 2))
-    structure_file: str | None = _key(None, _text)
+    element: str = _key("Au", chemical_symbol)
+    structure: str = _key("fcc", choice(STRUCTURES))
+    cell_file: str | None = _key(None, text)
+    lattice_constant_A: float = _key(4.08, number(above=0.0, at_most=1000.0))
+    lattice_constant_c_A: float | None = _key(None, number(above=0.0, at_most=1000.0))  # hcp; ideal by default
+    zone_axis: tuple[int, ...] = _key((0, 0, 1), list_of(number(at_least=-9, at_most=9, whole=True), 3))
+    debye_waller_B_A2: float | None = _key(0.63, not_negative)
+    rms_displacement_A: float | None = _key(None, not_negative)
+    n_atoms: int = _key(10, number(at_least=1, whole=True))
+    tilt_mrad: tuple[float, ...] = _key((0.0, 0.0), list_of(number(at_least=-50.0, at_most=50.0), 2))
+    structure_file: str | None = _key(None, text)
 
     @property
     def debye_waller_b(self) -> float:
@@ -407,11 +275,11 @@ class SpecimenConfig:
 
     def validate(self) -> None:
         if not any(self.zone_axis):
-            raise _fail(
+            raise fail(
                 "specimen.zone_axis", list(self.zone_axis), "three whole numbers not all zero"
             )
         if self.lattice_constant_c_A is not None and self.structure != "hcp":
-            raise _fail("specimen.lattice_constant_c_A", self.lattice_constant_c_A, "left out unless structure = 'hcp'")
+            raise fail("specimen.lattice_constant_c_A", self.lattice_constant_c_A, "left out unless structure = 'hcp'")
         if (self.structure == "cell_file") != (self.cell_file is not None):
             raise InputError(
                 f"specimen.structure is {self.structure!r} and specimen.cell_file is {self.cell_file!r}; a unit "
@@ -423,10 +291,10 @@ class SpecimenConfig:
 class SimulationConfig:
     """[simulation]: numerics; absent samplings are chosen from the detector."""
 
-    parametrization: str = _key("lobato", _choice(("lobato", "kirkland")))
-    potential_sampling_A: float | None = _key(None, _positive)
-    cell_A: float | None = _key(None, _positive)
-    memory_limit_GB: float | None = _key(None, _positive)
+    parametrization: str = _key("lobato", choice(("lobato", "kirkland")))
+    potential_sampling_A: float | None = _key(None, positive)
+    cell_A: float | None = _key(None, positive)
+    memory_limit_GB: float | None = _key(None, positive)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -437,9 +305,9 @@ class ThermalConfig:
     over all configurations in closed form.
     """
 
-    model: str = _key("frozen_phonon", _choice(("frozen_phonon", "absorptive")))
-    configurations: int = _key(32, _number(at_least=1, whole=True))
-    seed: int = _key(0, _number(at_least=0, at_most=2**32 - 1, whole=True))
+    model: str = _key("frozen_phonon", choice(("frozen_phonon", "absorptive")))
+    configurations: int = _key(32, number(at_least=1, whole=True))
+    seed: int = _key(0, number(at_least=0, at_most=2**32 - 1, whole=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,16 +322,16 @@ class InferenceConfig:
     "image_distortions" in `free` lets each image be stretched and sheared against the others, as drift during its scan does.
     """
 
-    method: str = _key("laplace", _choice(METHODS))
-    free: tuple[str, ...] = _key(NUISANCES[:4], _choices(FREE))
-    noise: str = _key("poisson", _choice(("poisson", "over_dispersed")))
-    background: str = _key("constant", _choice(("constant", "smooth")))
-    superposition: str = _key("auto", _choice(("auto", "corrected", "plain")))
+    method: str = _key("laplace", choice(METHODS))
+    free: tuple[str, ...] = _key(NUISANCES[:4], choices(FREE))
+    noise: str = _key("poisson", choice(("poisson", "over_dispersed")))
+    background: str = _key("constant", choice(("constant", "smooth")))
+    superposition: str = _key("auto", choice(("auto", "corrected", "plain")))
     prior_sd: dict[str, float] = _key({}, _prior_sd((*PRIORS, "image_distortion")))
-    max_atoms: int | None = _key(None, _number(at_least=1, whole=True))
-    samples: int = _key(500, _number(at_least=1, whole=True))
-    chains: int = _key(2, _number(at_least=1, whole=True))
-    seed: int = _key(0, _number(at_least=0, at_most=2**32 - 1, whole=True))
+    max_atoms: int | None = _key(None, number(at_least=1, whole=True))
+    samples: int = _key(500, number(at_least=1, whole=True))
+    chains: int = _key(2, number(at_least=1, whole=True))
+    seed: int = _key(0, number(at_least=0, at_most=2**32 - 1, whole=True))
 
     def validate(self) -> None:
         if self.background == "smooth" and "background" not in self.free:
@@ -477,15 +345,15 @@ class CrlbConfig:
     `prior_sd` are standard deviations of what is known beforehand; their precisions add to the information on the column's depth and the nuisances.
     """
 
-    atoms: bool = _key(True, _flag)
-    max_atoms: int | None = _key(None, _number(at_least=1, whole=True))
-    nuisances: tuple[str, ...] = _key(("positions", "background"), _choices(CRLB_NUISANCES))
+    atoms: bool = _key(True, flag)
+    max_atoms: int | None = _key(None, number(at_least=1, whole=True))
+    nuisances: tuple[str, ...] = _key(("positions", "background"), choices(CRLB_NUISANCES))
     prior_sd: dict[str, float] = _key({}, _prior_sd(CRLB_PRIORS))
 
 
 def _columns(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    pairs = _list_of(_list_of(_number(), 2))(name, value)
-    count = _number(at_least=1, whole=True)
+    pairs = list_of(list_of(number(), 2))(name, value)
+    count = number(at_least=1, whole=True)
     return tuple((count(f"{name}[{i}][0]", given[0]), pair[1]) for i, (given, pair) in enumerate(zip(value, pairs, strict=True)))
 
 
@@ -498,25 +366,25 @@ class DesignConfig:
     the dose stays on the config's own foci, for drift, counts and goodness of fit.
     """
 
-    vary: tuple[str, ...] = _key(DESIGN_VARIABLES, _choices(DESIGN_VARIABLES))
+    vary: tuple[str, ...] = _key(DESIGN_VARIABLES, choices(DESIGN_VARIABLES))
     columns: tuple[tuple[int, float], ...] | None = _key(None, _columns)
-    depth_range_A: float = _key(10.0, _not_negative)
-    goal: str = _key("mean", _choice(("mean", "worst")))
-    nuisances: tuple[str, ...] = _key(("positions", "background", "gain"), _choices(NUISANCES))
-    defocus_range_A: tuple[float, ...] | None = _key(None, _list_of(_number(), 2))
-    convergence_angle_range_mrad: tuple[float, ...] = _key((15.0, 30.0), _list_of(_angle, 2))
-    detector_range_mrad: tuple[float, ...] = _key((35.0, 200.0), _list_of(_angle, 2))
-    annuli: int = _key(1, _number(at_least=1, at_most=4, whole=True))
-    spread_share: float = _key(0.2, _number(at_least=0.0, at_most=0.9))
-    join_foci_closer_than_A: float = _key(5.0, _positive)
-    target_depth_sd_A: float = _key(0.5, _positive)
-    steps: int = _key(60, _number(at_least=1, whole=True))
+    depth_range_A: float = _key(10.0, not_negative)
+    goal: str = _key("mean", choice(("mean", "worst")))
+    nuisances: tuple[str, ...] = _key(("positions", "background", "gain"), choices(NUISANCES))
+    defocus_range_A: tuple[float, ...] | None = _key(None, list_of(number(), 2))
+    convergence_angle_range_mrad: tuple[float, ...] = _key((15.0, 30.0), list_of(angle, 2))
+    detector_range_mrad: tuple[float, ...] = _key((35.0, 200.0), list_of(angle, 2))
+    annuli: int = _key(1, number(at_least=1, at_most=4, whole=True))
+    spread_share: float = _key(0.2, number(at_least=0.0, at_most=0.9))
+    join_foci_closer_than_A: float = _key(5.0, positive)
+    target_depth_sd_A: float = _key(0.5, positive)
+    steps: int = _key(60, number(at_least=1, whole=True))
 
     def validate(self) -> None:
         for key in ("defocus_range_A", "convergence_angle_range_mrad", "detector_range_mrad"):
             pair = getattr(self, key)
             if pair is not None and pair[0] >= pair[1]:
-                raise _fail(f"design.{key}", list(pair), "[smallest, largest]")
+                raise fail(f"design.{key}", list(pair), "[smallest, largest]")
         if "focus_offset" in self.nuisances:
             raise InputError("design.nuisances holds 'focus_offset', but the depth of an isolated column and a free focus offset cannot be told apart. Leave it out.")
 
@@ -573,12 +441,12 @@ def _read_section(section: str, raw: Any) -> Any:
     """One section from its TOML table, checked."""
     kind: Any = SECTIONS[section]
     if not isinstance(raw, Mapping):
-        raise _fail(section, raw, f"a table [{section}] of keys")
+        raise fail(section, raw, f"a table [{section}] of keys")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if key not in fields:
-            raise InputError(f"unknown key {key!r} in [{section}]. {_nearest(key, fields)}")
+            raise InputError(f"unknown key {key!r} in [{section}]. {nearest(key, fields)}")
         values[key] = fields[key].metadata["check"](f"{section}.{key}", value)
     for special, usual in ALTERNATIVES.get(section, ()):
         given = [k for k in special if k in values]
@@ -619,7 +487,7 @@ def read_table(path: Path, key: str, needed: Iterable[str], numbers: Iterable[st
             raise InputError(f"{path} is no valid TOML: {error}.") from None
         for name, values in columns.items():
             if not isinstance(values, list):
-                raise _fail(f"{path}: {name}", values, "a list with one entry for every image")
+                raise fail(f"{path}: {name}", values, "a list with one entry for every image")
     else:
         rows = [row for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
         names = [cell.strip() for cell in rows[0]] if rows else []
@@ -629,7 +497,7 @@ def read_table(path: Path, key: str, needed: Iterable[str], numbers: Iterable[st
         columns = {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(names)}
     for name in columns:
         if name not in known:
-            raise InputError(f"{path}: unknown column {name!r}. {_nearest(name, known)}")
+            raise InputError(f"{path}: unknown column {name!r}. {nearest(name, known)}")
     missing = [name for name in needed if not columns.get(name)]
     if missing:
         raise InputError(f"{path} has the columns {list(columns)}; needed is {missing[0]} with a number for every image. Name it in the first row.")
@@ -665,7 +533,7 @@ def config_from_dict(raw: Mapping[str, Any], folder: str | Path = ".") -> Config
     """
     for section in raw:
         if section not in SECTIONS:
-            raise InputError(f"unknown section {section!r}. {_nearest(section, SECTIONS)}")
+            raise InputError(f"unknown section {section!r}. {nearest(section, SECTIONS)}")
     if "focal_series" in raw:
         raw = {**raw, "focal_series": _with_foci_table(raw["focal_series"], Path(folder))}
     sections = {section: _read_section(section, table) for section, table in raw.items()}
@@ -718,7 +586,7 @@ def check_supported(config: Config) -> None:
         Naming the setting and what to give instead.
     """
     if config.thermal.model == "absorptive" and config.specimen.structure_file:
-        raise _fail("thermal.model", "absorptive", "'frozen_phonon' for a structure file; isolated columns take both")
+        raise fail("thermal.model", "absorptive", "'frozen_phonon' for a structure file; isolated columns take both")
 
 
 def check_sampling(config: Config) -> None:
