@@ -4,11 +4,10 @@ One frozen dataclass per section, one field per key, the unit in the key. Whatev
 default written here; an unknown key or section is an error.
 """
 
-import csv
 import dataclasses
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from .checks import Check, angle, chemical_symbol, choice, choices, fail, flag, list_of, nearest, not_negative, number, one_or_list, positive, text
 from .errors import InputError
+from .table import read_table
 
 ELEMENTARY_CHARGE = 1.602176634e-19  # C, exact since 2019
 MAX_IMAGES = 100_000
@@ -461,52 +461,6 @@ def _read_section(section: str, raw: Any) -> Any:
     if hasattr(read, "validate"):
         read.validate()
     return read
-
-
-def read_table(path: Path, key: str, needed: Iterable[str], numbers: Iterable[str] = (), texts: Iterable[str] = ()) -> dict[str, list[Any]]:
-    """The columns of a table named by the config's `key`, a row (CSV) or a list's entry (TOML) an image.
-
-    Columns `needed` must be there and hold numbers; `numbers` and `texts` may be there.
-
-    Raises
-    ------
-    InputError
-        No such file, unknown or missing columns, rows of unequal length, text where a number belongs.
-    """
-    known = [*needed, *numbers, *texts]
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {key} {str(path)!r}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text ({error.reason}). Save it as UTF-8.") from None
-    if path.suffix.lower() == ".toml":
-        try:
-            columns = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # numbers of thousands of digits and brackets in thousands are no TOMLDecodeError
-            raise InputError(f"{path} is no valid TOML: {error}.") from None
-        for name, values in columns.items():
-            if not isinstance(values, list):
-                raise fail(f"{path}: {name}", values, "a list with one entry for every image")
-    else:
-        rows = [row for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
-        names = [cell.strip() for cell in rows[0]] if rows else []
-        uneven = [i for i, row in enumerate(rows) if len(row) != len(names)]
-        if uneven:
-            raise InputError(f"{path}: row {uneven[0] + 1} has {len(rows[uneven[0]])} cells; allowed are {len(names)}, as in the first row.")
-        columns = {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(names)}
-    for name in columns:
-        if name not in known:
-            raise InputError(f"{path}: unknown column {name!r}. {nearest(name, known)}")
-    missing = [name for name in needed if not columns.get(name)]
-    if missing:
-        raise InputError(f"{path} has the columns {list(columns)}; needed is {missing[0]} with a number for every image. Name it in the first row.")
-    for name in columns.keys() - set(texts):
-        try:
-            columns[name] = [float(value) for value in columns[name]]
-        except (TypeError, ValueError):
-            raise InputError(f"{path}: {name} holds {columns[name]!r}; allowed are numbers.") from None
-    return columns
 
 
 def _with_foci_table(table: Any, folder: Path) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Real
 
-from .config import read_table
 from .errors import InputError
 from .storage import PARSER_FAULTS, atomic_write, naming
+from .table import read_table
 
 COLUMNS = (
     "column",

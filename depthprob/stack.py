@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Real
 
-from .config import Config, read_table
+from .config import Config
 from .errors import InputError
 from .formats import Content, read_file
 from .storage import HDF5_OVERHEAD, atomic_write
+from .table import read_table
 
 
 class Stack(NamedTuple):

@@ -193,17 +193,6 @@ def test_a_table_of_foci_names_files_foci_and_doses(tmp_path, counts, suffix):
         read(defocus_A=[1.0, 2.0, 3.0])
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("file,defocus\na,1\n", "Did you mean 'defocus_A'"), ("file\na.tif\n", "needed is defocus_A"), ("defocus_A\nten\n", "allowed are numbers"),
-     ("defocus_A,file\n1\n", "row 2 has 1 cells"), ("", "needed is defocus_A"), ("defocus_A\nnan\n", "finite")],
-)  # fmt: skip
-def test_a_faulty_table_of_foci_says_what_is_wrong(tmp_path, text, said):
-    (tmp_path / "f.csv").write_text(text)
-    with pytest.raises(InputError, match=said):
-        config_from_dict({"focal_series": {"foci_table": "f.csv"}}, tmp_path)
-
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of trial data")
 def test_single_images_of_microscopes_are_read_from_a_folder(tmp_path):
     pytest.importorskip("rsciio")
