@@ -21,10 +21,10 @@ import pytest
 import scipy.fft
 import scipy.ndimage
 
+from depthprob.physics.column_images import plane_wave_images
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
 from depthprob.physics.gram import default_reach, laguerre_gauss_modes, prepare_sweep, sweep_column
-from depthprob.physics.library import plane_wave_images
 from depthprob.physics.optics import Microscope
 from depthprob.physics.particle import images_from_gram, particle_gram
 from depthprob.physics.specimen import Column

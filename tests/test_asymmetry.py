@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from depthprob.physics.asymmetry import beside, by_aberration, by_tilt
+from depthprob.physics.column_images import at_points, images_of_profiles
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
 from depthprob.physics.gram import disc_modes, legendre_nodes, mode_spectra
-from depthprob.physics.library import at_points, images_of_profiles, library_from_gram, load_gram
+from depthprob.physics.library import library_from_gram, load_gram
 from depthprob.physics.optics import Microscope, aberration_phase
 from depthprob.physics.particle import images_from_gram, particle_gram
 from depthprob.physics.rings import leaning_grams

@@ -20,9 +20,9 @@ from depthprob.inference.design import (
     ring_sensitivity,
 )
 from depthprob.inference.fisher import atom_information
+from depthprob.physics.column_images import at_points, column_images
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.focal_series import FocalSeries
-from depthprob.physics.library import at_points, column_images
 from depthprob.physics.optics import Microscope
 from depthprob.physics.specimen import Column
 from depthprob.physics.thermal import thermal_gram

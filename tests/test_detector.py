@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from depthprob.errors import InputError
+from depthprob.physics.column_images import column_images
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
 from depthprob.physics.gram import laguerre_gauss_modes, prepare_sweep, sweep_column
-from depthprob.physics.library import build_gram, column_images, load_gram, save_gram
+from depthprob.physics.library import build_gram, load_gram, save_gram
 from depthprob.physics.optics import Microscope
 from depthprob.physics.particle import particle_gram
 from depthprob.physics.rings import ring_grams

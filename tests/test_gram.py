@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from depthprob.errors import InputError
+from depthprob.physics.column_images import column_images, plane_wave_images
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
 from depthprob.physics.gram import (
@@ -21,7 +22,7 @@ from depthprob.physics.gram import (
     sweep_column,
     sweep_whole,
 )
-from depthprob.physics.library import build_gram, column_images, library_from_gram, load_gram, plane_wave_images, save_gram
+from depthprob.physics.library import build_gram, library_from_gram, load_gram, save_gram
 from depthprob.physics.multislice import multislice, transmission
 from depthprob.physics.optics import Microscope
 from depthprob.physics.specimen import Column

@@ -9,7 +9,8 @@ import pytest
 
 from depthprob.config import read_config
 from depthprob.data.make_library import MAX_ATOMS
-from depthprob.physics.library import column_images, library_from_gram, load_gram
+from depthprob.physics.column_images import column_images
+from depthprob.physics.library import library_from_gram, load_gram
 from depthprob.reconstruction.libraries import column_of, detector_of, microscope_of
 
 PLANES = np.arange(-60.0, 61.0, 20.0)

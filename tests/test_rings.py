@@ -5,9 +5,10 @@ from importlib import resources
 import numpy as np
 import pytest
 
+from depthprob.physics.column_images import column_images, column_profiles
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
-from depthprob.physics.library import column_images, column_profiles, load_gram
+from depthprob.physics.library import load_gram
 from depthprob.physics.multislice import transmission
 from depthprob.physics.optics import Microscope
 from depthprob.physics.rings import quick_gram, ring_grams

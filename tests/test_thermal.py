@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from single_event import prepare_radial, radial_gram
 
+from depthprob.physics.column_images import column_images
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
 from depthprob.physics.gram import default_reach, laguerre_gauss_modes, prepare_sweep, sweep_column
-from depthprob.physics.library import column_images, load_gram
+from depthprob.physics.library import load_gram
 from depthprob.physics.optics import Microscope
 from depthprob.physics.particle import images_from_gram, particle_gram
 from depthprob.physics.specimen import Column

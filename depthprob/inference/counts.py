@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..physics.library import ColumnLibrary, at_points
+from ..physics.column_images import at_points
+from ..physics.library import ColumnLibrary
 
 REACH = 2  # atoms more and less
 

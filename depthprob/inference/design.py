@@ -22,9 +22,9 @@ from jaxtyping import Array, Float
 from scipy.special import j0, roots_legendre
 
 from ..errors import InputError
+from ..physics.column_images import is_round
 from ..physics.electron import wavelength
 from ..physics.gram import DiscModes, bessel, radial_modes
-from ..physics.library import is_round
 from ..physics.optics import Microscope, aberration_phase
 from ..physics.rings import ring_grams
 from ..physics.specimen import Column
@@ -171,7 +171,7 @@ def recorded(signals: RadialSignals, sensitivity: Float[Array, "annulus ring"]) 
 def ring_images(signals: RadialSignals, angle: Array, z: Array, source_variance: Array | float) -> Float[Array, "column ring r"]:
     """Fraction of the beam on each ring, for convergence semi-angle `angle` [mrad] and z = defocus - depth [Å].
 
-    The radial form of `physics.library.column_images`. The aperture's edge falls over some 2 % of its radius, so that the signal is smooth in it.
+    The radial form of `physics.column_images`. The aperture's edge falls over some 2 % of its radius, so that the signal is smooth in it.
     """
     lam = wavelength(signals.microscope.energy)
     edge = angle * 1e-3 / lam

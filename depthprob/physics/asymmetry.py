@@ -8,9 +8,10 @@ import dataclasses
 
 import numpy as np
 
+from .column_images import Profiles, images_of_profiles, radial_probe, seen_modes
 from .electron import wavelength
 from .gram import DiscModes, Modes, bessel
-from .library import ColumnLibrary, Profiles, images_of_profiles, low_rank, natural_spline, radial_probe, seen_modes
+from .library import ColumnLibrary, low_rank, natural_spline
 from .optics import Microscope, edge_phase
 
 

@@ -17,10 +17,11 @@ from ..config import Config
 from ..errors import InputError
 from ..io import read_atoms
 from ..physics import asymmetry
+from ..physics.column_images import is_round
 from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
 from ..physics.gram import ColumnGram, has_full_symmetry
-from ..physics.library import ColumnLibrary, arrays_of, build_gram, is_round, library_from_gram, load_gram, module_of, save_gram
+from ..physics.library import ColumnLibrary, arrays_of, build_gram, library_from_gram, load_gram, module_of, save_gram
 from ..physics.optics import Microscope, edge_phase
 from ..physics.rings import leaning_grams, quick_gram
 from ..physics.specimen import Column

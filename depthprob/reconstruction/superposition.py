@@ -16,10 +16,10 @@ from ..inference import local
 from ..inference.arrow import ArrowFactor
 from ..inference.problem import Problem, field_of, from_vector, to_vector
 from ..physics import crosstalk
+from ..physics.column_images import is_round
 from ..physics.crosstalk import PairGram
 from ..physics.focal_series import Field, FocalSeries, defocus_minus_depth
 from ..physics.gram import has_full_symmetry
-from ..physics.library import is_round
 from ..physics.optics import Microscope
 from ..physics.pair_images import pair_images, pair_library
 from ..physics.windows import window_renderer

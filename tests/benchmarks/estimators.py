@@ -23,8 +23,9 @@ jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
 from depthprob.inference.gaussian_peak import fit_gaussians  # noqa: E402
 from depthprob.inference.single import fit_single_columns  # noqa: E402
+from depthprob.physics.column_images import at_points  # noqa: E402
 from depthprob.physics.focal_series import FocalSeries  # noqa: E402
-from depthprob.physics.library import ColumnLibrary, at_points  # noqa: E402
+from depthprob.physics.library import ColumnLibrary  # noqa: E402
 
 DEFOCUS = np.arange(-200.0, 201.0, 10.0)
 SIDE, PIXEL, DOSE = 21, 0.4, 9612.0

@@ -132,9 +132,9 @@ def series(threads):
     import jax.numpy as jnp
     import numpy as np
 
+    from depthprob.physics.column_images import column_images
     from depthprob.physics.electron import wavelength
     from depthprob.physics.gram import default_reach, laguerre_gauss_modes, prepare_sweep, sweep_column
-    from depthprob.physics.library import column_images
 
     microscope, detector, column = paper()
     cell, n, foci, pixels = 16.3, 480, 41, 163
@@ -209,7 +209,7 @@ def settings(threads):
     import numpy as np
 
     from depthprob import Microscope
-    from depthprob.physics.library import column_images
+    from depthprob.physics.column_images import column_images
     from depthprob.physics.thermal import thermal_gram
 
     microscope, detector, column = paper()
