@@ -9,7 +9,7 @@ _PUBLIC = {
     "Field": "physics.focal_series",
     "FocalSeries": "physics.focal_series",
     "Microscope": "physics.optics",
-    "build_gram": "physics.library",
+    "build_gram": "physics.frozen_phonon",
     "build_library": "reconstruction.libraries",
     "calibrate": "inference.calibration",
     "column_bounds": "inference.likelihood",

@@ -30,8 +30,8 @@ import numpy as np
 
 import depthprob as dp
 from depthprob.physics.column_images import column_images
+from depthprob.physics.frozen_phonon import CHEAP_ANGLE, CHEAP_CELL, thermal_draws
 from depthprob.physics.gram import default_cell, default_reach, laguerre_gauss_modes, prepare_sweep, required_sampling, sweep_column
-from depthprob.physics.library import CHEAP_ANGLE, CHEAP_CELL, thermal_draws
 from depthprob.physics.particle import images_from_gram, particle_gram
 from depthprob.physics.rings import ring_grams
 from depthprob.physics.thermal import absorptive_gram

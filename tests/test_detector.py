@@ -8,8 +8,9 @@ from depthprob.errors import InputError
 from depthprob.physics.column_images import column_images
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.electron import wavelength
+from depthprob.physics.frozen_phonon import build_gram
 from depthprob.physics.gram import laguerre_gauss_modes, prepare_sweep, sweep_column
-from depthprob.physics.library import build_gram, load_gram, save_gram
+from depthprob.physics.library import load_gram, save_gram
 from depthprob.physics.optics import Microscope
 from depthprob.physics.particle import particle_gram
 from depthprob.physics.rings import ring_grams

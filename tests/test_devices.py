@@ -64,7 +64,7 @@ def kept_chains(folder):
 def gram(_):
     """The Gram matrix of tilted columns over sixteen drawn configurations."""
     from depthprob.physics.detector import AnnularDetector
-    from depthprob.physics.library import build_gram
+    from depthprob.physics.frozen_phonon import build_gram
     from depthprob.physics.specimen import Column
 
     return {"blocks": build_gram(Column("C", 2, 2.5, 0.5, (5.0, 0.0)), 100e3, 15.0, AnnularDetector(30.0, 60.0), 8, 2, corrections=2).blocks}

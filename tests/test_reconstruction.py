@@ -301,7 +301,8 @@ def test_atoms_of_a_tilted_crystal_are_found_leaning_on_their_planes():
 
     from depthprob.config import config_from_dict
     from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
-    from depthprob.physics.library import build_gram, library_from_gram
+    from depthprob.physics.frozen_phonon import build_gram
+    from depthprob.physics.library import library_from_gram
     from depthprob.physics.optics import Microscope
     from depthprob.reconstruction.libraries import column_of, detector_of
     from depthprob.reconstruction.pipeline import reconstruct

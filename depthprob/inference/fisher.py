@@ -12,6 +12,7 @@ from ..physics.column_images import at_points, column_images, plane_wave_images
 from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
 from ..physics.focal_series import FocalSeries
+from ..physics.frozen_phonon import CHEAP_ANGLE, CHEAP_CELL, thermal_draws
 from ..physics.gram import (
     DiscModes,
     Modes,
@@ -24,7 +25,6 @@ from ..physics.gram import (
     sweep_atoms,
     symmetrised,
 )
-from ..physics.library import CHEAP_ANGLE, CHEAP_CELL, thermal_draws
 from ..physics.optics import Microscope
 from ..physics.specimen import Column
 from ..physics.thermal import depth_derivatives, gram_of_depths, incident_disc, prepare_channel

@@ -20,8 +20,9 @@ from ..physics import asymmetry
 from ..physics.column_images import is_round
 from ..physics.detector import AnnularDetector
 from ..physics.electron import wavelength
+from ..physics.frozen_phonon import build_gram
 from ..physics.gram import ColumnGram, has_full_symmetry
-from ..physics.library import ColumnLibrary, arrays_of, build_gram, library_from_gram, load_gram, module_of, save_gram
+from ..physics.library import ColumnLibrary, arrays_of, library_from_gram, load_gram, module_of, save_gram
 from ..physics.optics import Microscope, edge_phase
 from ..physics.rings import leaning_grams, quick_gram
 from ..physics.specimen import Column

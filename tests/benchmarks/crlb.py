@@ -22,8 +22,8 @@ import depthprob as dp  # noqa: E402
 from depthprob.inference.fisher import _counts, information_of, poisson_fisher  # noqa: E402
 from depthprob.physics import thermal  # noqa: E402
 from depthprob.physics.electron import wavelength  # noqa: E402
+from depthprob.physics.frozen_phonon import thermal_draws  # noqa: E402
 from depthprob.physics.gram import default_reach, laguerre_gauss_modes, prepare_sweep, sweep_column  # noqa: E402
-from depthprob.physics.library import thermal_draws  # noqa: E402
 
 N = 10
 STEPS_PM = (0.1, 1.0, 10.0, 100.0)

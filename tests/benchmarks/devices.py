@@ -38,7 +38,8 @@ def parts(n_columns: int):
     from depthprob.inference.sampling import Whitened, nuts
     from depthprob.physics.detector import AnnularDetector
     from depthprob.physics.focal_series import Field, FocalSeries
-    from depthprob.physics.library import ColumnLibrary, build_gram
+    from depthprob.physics.frozen_phonon import build_gram
+    from depthprob.physics.library import ColumnLibrary
     from depthprob.physics.specimen import Column
     from depthprob.physics.thermal import thermal_gram
 

@@ -175,8 +175,8 @@ def thermal(threads):
     import numpy as np
 
     from depthprob.physics.electron import wavelength
+    from depthprob.physics.frozen_phonon import CHEAP_ANGLE, CHEAP_CELL, thermal_draws
     from depthprob.physics.gram import default_cell, default_reach, laguerre_gauss_modes, prepare_sweep, required_sampling, sweep_column
-    from depthprob.physics.library import CHEAP_ANGLE, CHEAP_CELL, thermal_draws
     from depthprob.physics.thermal import thermal_gram
 
     _, detector, column = paper()
@@ -276,8 +276,8 @@ def thicknesses(threads):
     import jax.numpy as jnp
 
     from depthprob.physics.electron import wavelength
+    from depthprob.physics.frozen_phonon import CHEAP_ANGLE, CHEAP_CELL
     from depthprob.physics.gram import _blocks, _scatter, default_cell, default_reach, laguerre_gauss_modes, prepare_sweep, required_sampling
-    from depthprob.physics.library import CHEAP_ANGLE, CHEAP_CELL
     from depthprob.physics.specimen import Column
 
     _, detector, _ = paper()
