@@ -10,7 +10,7 @@ from numpyro.diagnostics import effective_sample_size
 from scipy.stats import poisson
 
 from depthprob.errors import InputError
-from depthprob.inference import density, likelihood, local
+from depthprob.inference import density, drawing, likelihood, local
 from depthprob.inference.arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
 from depthprob.inference.goodness import goodness_of_fit
 from depthprob.inference.likelihood import fisher_and_score, objective
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 @pytest.fixture(autouse=True)
 def few_window_sizes(monkeypatch):
     """Each is compiled anew."""
-    monkeypatch.setattr(local, "CLASSES", 2)
-    monkeypatch.setattr(local, "COLUMNS_A_CLASS", 50)
+    monkeypatch.setattr(drawing, "CLASSES", 2)
+    monkeypatch.setattr(drawing, "COLUMNS_A_CLASS", 50)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["open", "periodic"])
@@ -94,11 +94,11 @@ def test_columns_closer_than_a_strip_is_wide_are_in_the_same_or_neighbouring_str
 
 def test_rates_score_and_information_are_those_of_the_dense_likelihood(problem):
     parameters = dict(problem.start, depth=problem.start["depth"] + 2.0)
-    windows = local.plan_windows(problem.library, problem.series, np.asarray(parameters["depth"]))
+    windows = drawing.plan_windows(problem.library, problem.series, np.asarray(parameters["depth"]))
     sums = local.evaluate(parameters, problem, windows)
     dense = likelihood.rates(parameters, problem)
     # tails beyond the windows: under FAINT of a column's peak each, and a few of them meet
-    np.testing.assert_allclose(sums.rate, dense, atol=4 * local.FAINT * dense.max())
+    np.testing.assert_allclose(sums.rate, dense, atol=4 * drawing.FAINT * dense.max())
     matrix = local.select(local.information(parameters, problem, sums.rate), problem)
     fisher, score = fisher_and_score(parameters, problem)
     scale = np.sqrt(np.diag(fisher))
@@ -115,7 +115,7 @@ def test_rates_score_and_information_are_those_of_the_dense_likelihood(problem):
 
 
 def test_a_few_columns_more_and_depths_a_little_different_compile_nothing_anew(library, monkeypatch):
-    monkeypatch.setattr(local, "COLUMNS_A_CLASS", 700)  # few of them
+    monkeypatch.setattr(drawing, "COLUMNS_A_CLASS", 700)  # few of them
     defocus, flat = np.array([-60.0, 60.0]), np.ones(2)
     series = FocalSeries(defocus, 0.4, 9612.0 * flat, (20, 450), False)
 
@@ -124,8 +124,8 @@ def test_a_few_columns_more_and_depths_a_little_different_compile_nothing_anew(l
         field = Field(positions, np.full(columns, 5), np.linspace(-depth, depth, columns), 2e-3 * flat, flat, np.zeros((2, 2)))
         problem = make_problem(np.ones((2, 20, 450)), field, library, series, ("positions",), dense=False)
         local.evaluate(problem.start, problem)
-        narrow = local.plan_windows(library, series, np.asarray(field.depths), local.DIM)
-        return [f._cache_size() for f in (local._paint_spread, local._overlap_spread)], [a.shape for w in narrow for a in w.draw]
+        narrow = drawing.plan_windows(library, series, np.asarray(field.depths), local.DIM)
+        return [f._cache_size() for f in (drawing._paint_spread, drawing._overlap_spread)], [a.shape for w in narrow for a in w.draw]
 
     of_50, of_57, of_65 = compiled(50, 4.0), compiled(57, 3.0), compiled(65, 3.0)
     assert of_57 == of_50
@@ -133,7 +133,7 @@ def test_a_few_columns_more_and_depths_a_little_different_compile_nothing_anew(l
 
 
 def test_information_does_not_depend_on_the_bands(problem, monkeypatch):
-    windows = local.plan_windows(problem.library, problem.series, np.asarray(problem.start["depth"]))
+    windows = drawing.plan_windows(problem.library, problem.series, np.asarray(problem.start["depth"]))
     rate = local.rates(problem.start, problem, windows)
     found = []
     for memory in (1e12, 1e7):
@@ -168,7 +168,7 @@ def test_laplace_draws_have_the_estimates_covariance(problem):
 
 def test_density_and_its_gradient_are_those_of_the_dense_likelihood(problem, monkeypatch):
     """Near a mode, and with all columns further from there than their windows stay behind."""
-    monkeypatch.setattr(local, "CLASSES", 1)  # quick to compile
+    monkeypatch.setattr(drawing, "CLASSES", 1)  # quick to compile
     field = density.windowed(problem.start, problem)
     covariance = np.linalg.inv(fisher_and_score(problem.start, problem)[0] + prior_precision(problem))
     shift = np.concatenate([np.full(problem.start[name].size, 0.3 * (name == "x")) for name in problem.free])
@@ -186,7 +186,7 @@ def test_density_and_its_gradient_are_those_of_the_dense_likelihood(problem, mon
 
 @pytest.mark.slow
 def test_nuts_of_a_windowed_field_agrees_with_its_normal_and_resumes(library, monkeypatch, tmp_path):
-    monkeypatch.setattr(local, "CLASSES", 1)
+    monkeypatch.setattr(drawing, "CLASSES", 1)
     rng = np.random.default_rng(1)
     positions, foci = np.array([[4.0, 4.0], [6.04, 4.0], [4.0, 6.04], [6.04, 6.04]]), np.linspace(-60.0, 60.0, 5)
     field = Field(positions, np.array([3, 7, 5, 10]), rng.normal(0, 5, 4), np.full(5, 2e-3), np.ones(5), np.zeros((5, 2)))

@@ -13,6 +13,7 @@ from scipy.interpolate import CubicSpline
 
 from depthprob.config import Config, config_from_dict
 from depthprob.inference import likelihood, local
+from depthprob.inference.drawing import Window
 from depthprob.inference.problem import field_of, make_problem
 from depthprob.physics.crosstalk import PairGram
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
@@ -138,7 +139,7 @@ def test_pairs_are_drawn_in_their_direction_as_their_gram_matrices_say(library):
     series = FocalSeries(foci, px, np.full(3, 1 / px**2), (60, 60))
     field = Field(np.array([[7.1, 7.4]]), np.array([2]), np.array([3.0]), np.zeros(3), np.ones(3), np.array([[0.0, 0.0], [0.1, 0.05], [-0.1, 0.0]]))
     problem = make_problem(np.zeros((3, 60, 60)), field, pairs, series, dense=False)
-    windows = [local.Window(np.arange(3), 25, window_renderer(pairs, px, 25, 60.0, tolerance=1e-4))]
+    windows = [Window(np.arange(3), 25, window_renderer(pairs, px, 25, 60.0, tolerance=1e-4))]
     drawn = local.signals(problem.start, problem, windows)
     matrix, at = 0.25 * grams[0].matrix + 0.75 * grams[1].matrix, np.arange(60) * px
     for i, image in enumerate(drawn):

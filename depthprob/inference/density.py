@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from ..physics.focal_series import background_images, counts_per_fraction, displaced
 from ..physics.windows import BATCH, WindowRenderer, painted_image
-from . import local
+from . import drawing
 from .problem import DARKEST, PER_IMAGE, Problem, field_of, from_vector, log_prior, places
 
 ROOM = 0.5  # pixels that a column moves from the mode before its window follows
@@ -45,7 +45,7 @@ class WindowedField(eqx.Module):
 def windowed(parameters: dict, problem: Problem) -> WindowedField:
     """For parameters near those given."""
     at = places(parameters, problem.series)
-    windows = local.windows_about(parameters, problem, ROOM, local.CLASSES)  # however few columns: a sampler asks thousands of times
+    windows = drawing.windows_about(parameters, problem, ROOM, drawing.CLASSES)  # however few columns: a sampler asks thousands of times
     return WindowedField(problem, jnp.asarray(at / problem.series.pixel_size), tuple(_Class(jnp.asarray(w.images), w.draw, w.half) for w in windows))
 
 

@@ -1,7 +1,6 @@
 """The likelihood of large fields: every column is seen only within a window around it, as wide as the probe at each defocus.
 
 The same model as `likelihood`, whose products over the whole field grow with columns times pixels; here the cost is linear in columns.
-Signals beyond a window, less than `FAINT` of the column's peak in that image, are left to the background.
 Images and derivatives are float32, and so are sums over the pixels of a tile and the images of one window size; everything added after is float64.
 """
 
@@ -17,23 +16,39 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .. import processes
-from ..devices import SPREAD, WHOLE, filled, on_all, rounded, spread
-from ..physics.focal_series import FocalSeries, background_images, from_middle, smooth_functions
-from ..physics.library import ColumnLibrary
-from ..physics.windows import BATCH, WindowRenderer, draw_windows, overlap_windows, paint_windows, window_renderer
+from ..devices import SPREAD, WHOLE, filled, on_all, spread
+from ..physics.focal_series import FocalSeries, from_middle, smooth_functions
 from .arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
+from .drawing import (
+    AMPLITUDE,
+    FAINT,
+    MOVES,
+    SIGNS,
+    Window,
+    by_columns_position,
+    draw_columns,
+    image_of,
+    over_columns,
+    own_images,
+    painted,
+    place,
+    plain,
+    plan_windows,
+    precision_of,
+    unfold,
+    unit_of,
+    widest,
+    windows_about,
+)
 from .likelihood import LARGEST_STEP, ROUGH, Amplitudes, Estimate, Mode, less_mean
 from .problem import (
-    DARKEST,
     GLOBAL,
     MEAN_SD,
     PER_COLUMN,
     PER_IMAGE,
     SMOOTH,
     Problem,
-    by_position,
     distortions_of,
-    field_of,
     from_vector,
     log_prior,
     parameter_names,
@@ -44,26 +59,13 @@ from .problem import (
     to_vector,
 )
 
-FAINT = 7e-4
 DIM = 1e-2  # of a column's peak, to where its derivatives enter Fisher information: standard deviations come out 0.4 % small, 2 % at most, at a third of the cost
 BAND = 3e8  # bytes that the products of tiles may hold at a time
 TILE = 8  # pixels; the columns that reach a tile are gathered for one matrix product
 MEMBERS = 8  # of a tile, filled up to a multiple
-CLASSES = 4  # window sizes per series, at most
-COLUMNS_A_CLASS = 700  # compiling for one window size more takes seconds: so many columns win them back
-AMPLITUDE, MOVES = slice(0, 1), slice(1, 4)  # of a column's windows: the image itself, its derivatives by z = defocus - depth, x and y
-SIGNS = np.array([1.0, -1.0, 1.0, 1.0, 1.0])
 MOSTLY = 0.7  # of what a step lacks is a few columns' doing, and not an old Fisher matrix's
 DEAR = 12  # steps that a Fisher matrix costs
 CLOSE = 0.03  # standard deviations, root mean square over parameters, from the maximum: near enough
-
-
-class Window(NamedTuple):
-    """Images that share one window size: which they are, half width in pixels, and how to draw a column in it."""
-
-    images: np.ndarray
-    half: int
-    draw: WindowRenderer
 
 
 class Sums(NamedTuple):
@@ -86,127 +88,6 @@ class Sums(NamedTuple):
     along: dict
 
 
-def window_radius(library: ColumnLibrary, z: float, faint: float = FAINT) -> float:
-    """Half width [Å] beyond which a column seen at defocus - depth of +-z stays below `faint` of its peak, for any atom number; at most that of the library's images."""
-    n_y, n_x = library.images.shape[1:]
-    y, x = (np.fft.fftfreq(n, 1 / n) * library.pixel for n in (n_y, n_x))
-    radius = np.hypot(y[:, None], x)
-    largest = 0.0
-    for n in sorted({1, library.n_max // 2 + 1, library.n_max}):
-        weights = np.asarray(library.weights(jnp.array([n, n]), jnp.array([[-z], [z]])))[:, 0]
-        for image in np.tensordot(weights, np.asarray(library.images), 1):
-            largest = max(largest, float(radius[abs(image) > faint * image.max()].max()))
-    return min(largest, library.pixel * min(n_x, n_y) / 2)
-
-
-def plan_windows(library: ColumnLibrary, series: FocalSeries, depths: np.ndarray, faint: float = FAINT, margin: float = 5.0, room: float = 0.0, classes: int | None = None) -> list[Window]:
-    """Group images by the size of window that the farthest column from each focus needs, for depths that move by `margin` Å; `room` as of `window_renderer`.
-
-    Of few columns depths a little different ask for the same windows, which are compiled once: sizes are even, and of foci 10 Å apart.
-    """
-    defocus, classes = np.asarray(series.defocus), classes or min(CLASSES, 1 + len(depths) // COLUMNS_A_CLASS)
-    farthest = np.maximum(abs(defocus - np.min(depths)), abs(defocus - np.max(depths))) + margin
-    few = classes < CLASSES
-    ends = np.linspace(0, 10 * np.ceil(farthest.max() / 10) if few else farthest.max(), classes + 1)[1:]
-    found = []
-    for low, high in zip([-1.0, *ends[:-1]], ends, strict=True):
-        images = np.flatnonzero((farthest > low) & (farthest <= high * (1 + 1e-9)))
-        if len(images):
-            half = int(np.ceil(window_radius(library, high, faint) / series.pixel_size)) + 1
-            half += half % 2 * few
-            found.append(Window(images, half, window_renderer(library, series.pixel_size, half, high, room)))
-    return found
-
-
-def windows_about(parameters: dict, problem: Problem, room: float = 0.0, classes: int | None = None) -> list[Window]:
-    """Windows that serve while depths move by 30 Å: what they cut off goes to the backgrounds, so a fit keeps them from its first step to its last."""
-    return plan_windows(problem.library, problem.series, np.asarray(parameters["depth"]), margin=30.0, room=room, classes=classes)
-
-
-@partial(jax.jit, static_argnames=("widening_too",))
-def _draw_spread(n_atoms, z, offset, source_variance, library, draw, widening_too: bool) -> Float[Array, "column kind w w"]:
-    """Windows of all columns, with derivatives."""
-    own = lambda *columns: draw_windows(*columns, True, widening_too)
-    return spread(own, (SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE))(n_atoms, z, offset, source_variance, library, draw)
-
-
-@partial(jax.jit, static_argnames=("shape", "derivatives", "widening_too"))
-def _paint_spread(n_atoms, z, offset, corners, source_variance, library, draw, shape: tuple[int, int], derivatives: bool, widening_too: bool, share=None) -> Float[Array, "device kind y x"]:
-    """Sum of the windows of each device's columns, or of a share (column,) of each."""
-    own = lambda share, *arrays: paint_windows(*arrays, shape, derivatives, widening_too, share)[None]
-    share = (n_atoms > 0).astype(jnp.float32) if share is None else share
-    return spread(own, (SPREAD, SPREAD, SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE))(share, n_atoms, z, offset, corners, source_variance, library, draw)
-
-
-@partial(jax.jit, static_argnames=("widening_too",))
-def _overlap_spread(layers, n_atoms, z, offset, corners, source_variance, library, draw, widening_too: bool) -> Float[Array, "column kind layer"]:
-    """Overlaps of all columns' windows with the layers."""
-    own = lambda *columns: overlap_windows(*columns, widening_too)
-    specs = (WHOLE, SPREAD, SPREAD, SPREAD, SPREAD, WHOLE, WHOLE, WHOLE)
-    return spread(own, specs)(layers, n_atoms, z, offset, corners, source_variance, library, draw)
-
-
-class _Placed(NamedTuple):
-    """Where the columns stand in one image: window corners on the padded canvas (C, 2: y, x), offsets (C, 2: x, y) [Å], z (C,) [Å].
-
-    Filled up with columns beyond the canvas, to a number that can be spread over all devices.
-    """
-
-    corners: np.ndarray
-    offsets: np.ndarray
-    z: np.ndarray
-
-
-def _place(parameters: dict, problem: Problem, i: int, half: int, pad: int) -> _Placed:
-    series = problem.series
-    px, shape = series.pixel_size, np.array(series.shape)
-    at = places({name: value[i : i + 1] if name in PER_IMAGE else value for name, value in parameters.items()}, series)[0]
-    if series.periodic:
-        at = np.mod(at, shape[::-1] * px)
-    first = np.floor(at / px).astype(int) - half
-    low, high = np.array([-pad, -pad]), shape[::-1] + pad - (2 * half + 1)
-    first = np.clip(first, low, high)
-    nominal = np.asarray(series.defocus)
-    focus = float(parameters["focus_offset"]) + nominal.mean() + float(parameters["focus_step"]) * (nominal[i] - nominal.mean())
-    placed = _Placed(np.ascontiguousarray((first + pad)[:, ::-1]), at - first * px, focus - np.asarray(parameters["depth"]))
-    more = rounded(len(at), BATCH) - len(at)
-    return _Placed(*(np.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)) for a in placed))
-
-
-def _fold(canvas: np.ndarray, pad: int, periodic: bool) -> np.ndarray:
-    """The image within the padding, with what a periodic image finds beyond its edges."""
-    if not periodic:
-        return canvas[:, pad:-pad, pad:-pad]
-    ny, nx = (n - 2 * pad for n in canvas.shape[1:])
-    out = np.zeros((len(canvas), ny, nx), canvas.dtype)
-    rows, cols = (np.arange(-pad, n + pad) % n for n in (ny, nx))
-    half = np.zeros((len(canvas), ny, canvas.shape[2]), canvas.dtype)
-    np.add.at(half, (slice(None), rows), canvas)
-    np.add.at(out, (slice(None), slice(None), cols), half)
-    return out
-
-
-def _unfold(layers: np.ndarray, pad: int, periodic: bool) -> np.ndarray:
-    width = [(0, 0), (pad, pad), (pad, pad)]
-    return np.pad(layers, width, mode="wrap") if periodic else np.pad(layers, width)
-
-
-def _plain(parameters: dict) -> dict:
-    return {k: np.asarray(v, float) for k, v in parameters.items()}
-
-
-def _columns_of(parameters: dict, problem: Problem, placed: _Placed) -> tuple[Array, ...]:
-    """Atom numbers (zero for columns that fill up), z, offsets and corners, and the source variance."""
-    n = np.pad(np.asarray(problem.n_atoms), (0, len(placed.z) - len(problem.n_atoms)))
-    return (*(jnp.asarray(a) for a in (n, placed.z, placed.offsets, placed.corners)), jnp.asarray(parameters["source_variance"], jnp.float32))
-
-
-def _draw(parameters: dict, problem: Problem, window: Window, placed: _Placed) -> Float[Array, "column kind w w"]:
-    """Windows of all columns in one image, with derivatives; of those that fill up, zero."""
-    n, z, offsets, _, variance = _columns_of(parameters, problem, placed)
-    return _draw_spread(n, z, offsets, variance, problem.library, window.draw, "source_variance" in problem.free)
-
-
 def rates(parameters: dict, problem: Problem, windows: list[Window] | None = None) -> np.ndarray:
     """Expected counts (F, ny, nx), float32."""
     return evaluate(parameters, problem, windows, derivatives=False).rate
@@ -214,66 +95,12 @@ def rates(parameters: dict, problem: Problem, windows: list[Window] | None = Non
 
 def signals(parameters: dict, problem: Problem, windows: list[Window]) -> np.ndarray:
     """Expected counts (F, ny, nx) float32 of the columns alone, without background and of any sign."""
-    parameters, pad = _plain(parameters), _widest(windows)
+    parameters, pad = plain(parameters), widest(windows)
     total = np.zeros((len(problem.series.defocus), *problem.series.shape), np.float32)
-    for window, i in _own_images(windows, range(len(total))):
-        placed = _place(parameters, problem, i, window.half, pad)
-        total[i] = _unit(parameters, problem, i) * _painted(parameters, problem, window, placed, pad, False)[0]
+    for window, i in own_images(windows, range(len(total))):
+        placed = place(parameters, problem, i, window.half, pad)
+        total[i] = unit_of(parameters, problem, i) * painted(parameters, problem, window, placed, pad, False)[0]
     return processes.total(total)
-
-
-class _Image(NamedTuple):
-    """One image: where its columns stand, electrons per unit of their signal, and the expected counts of signal, background and both (ny, nx), and of the signal's derivatives by z, x, y and so on, if asked for."""
-
-    placed: _Placed
-    unit: float
-    signal: np.ndarray
-    dark: np.ndarray
-    rate: np.ndarray
-    slopes: list[np.ndarray]
-
-
-def _painted(parameters: dict, problem: Problem, window: Window, placed: _Placed, pad: int, derivatives: bool, share: np.ndarray | None = None) -> Float[np.ndarray, "kind y x"]:
-    """Sums of all columns' windows, or of a share (C,) of each."""
-    shape = tuple(n + 2 * pad for n in problem.series.shape)
-    share = None if share is None else jnp.asarray(np.pad(share, (0, len(placed.z) - len(share))), jnp.float32)
-    canvas = _paint_spread(*_columns_of(parameters, problem, placed), problem.library, window.draw, shape, derivatives, "source_variance" in problem.free, share)
-    return _fold(np.asarray(canvas).sum(0), pad, problem.series.periodic).astype(float)
-
-
-def _electrons(series: FocalSeries, i: int) -> float:
-    """Incident on a pixel of image i."""
-    return float(np.broadcast_to(np.asarray(series.dose, float), len(series.defocus))[i]) * series.pixel_size**2
-
-
-def _unit(parameters: dict, problem: Problem, i: int) -> float:
-    """Electrons counted in image i per unit of its columns' signal."""
-    return _electrons(problem.series, i) * float(np.exp(parameters["log_gain"][i]))
-
-
-def _image(parameters: dict, problem: Problem, i: int, window: Window, pad: int, derivatives: bool = False) -> _Image:
-    series, unit = problem.series, _unit(parameters, problem, i)
-    placed = _place(parameters, problem, i, window.half, pad)
-    signal, *slopes = unit * _painted(parameters, problem, window, placed, pad, derivatives)
-    own = field_of({name: value[i : i + 1] if name in PER_IMAGE else value for name, value in parameters.items()}, problem.n_atoms)
-    dark = np.broadcast_to(_electrons(series, i) * np.asarray(background_images(own, series)[0], float), signal.shape)
-    return _Image(placed, unit, signal, dark, np.maximum(signal + dark, DARKEST), slopes)
-
-
-def _over_columns(parameters: dict, problem: Problem, image: _Image, window: Window, layers: np.ndarray, pad: int) -> Float[np.ndarray, "column kind layer"]:
-    """Sums over pixels of layers (L, ny, nx) times the derivatives by each column's amplitude, depth, x, y and the source variance."""
-    seen = on_all(_unfold(layers.astype(np.float32), pad, problem.series.periodic))
-    columns = _columns_of(parameters, problem, image.placed)
-    sums = np.asarray(_overlap_spread(seen, *columns, problem.library, window.draw, "source_variance" in problem.free), float)[: len(problem.n_atoms)]
-    return sums * image.unit * SIGNS[: sums.shape[1], None]
-
-
-def _by_position(by_place: np.ndarray, parameters: dict, i: int) -> np.ndarray:
-    """Derivatives (C, kind, ...) of image i by each column's z, x and y from those by z and place."""
-    distortions = distortions_of(parameters)
-    if distortions is None or by_place.shape[1] < 3:
-        return by_place
-    return np.stack([by_place[:, 0], *by_position(by_place[:, 1], by_place[:, 2], distortions[i])], 1)
 
 
 def _lever(problem: Problem, i: int) -> float:
@@ -291,21 +118,6 @@ def _levers(parameters: dict, problem: Problem) -> np.ndarray:
     """x, y of the columns from the middle of the field (C, 2) [Å], by which distortions move them; (C, 0) where there are none."""
     positions = np.stack([parameters["x"], parameters["y"]], 1)
     return from_middle(positions, problem.series)[:, : 2 * (distortions_of(parameters) is not None)]
-
-
-def _precision(rate: np.ndarray, problem: Problem, i: int) -> np.ndarray:
-    """Of the counts of image i, by pixel; zero where masked."""
-    return np.asarray(problem.mask[i]) / (np.maximum(rate, DARKEST) + float(problem.read_variance)) / float(problem.dispersion)
-
-
-def _own_images(windows: list[Window], wanted: np.ndarray | range) -> list[tuple[Window, int]]:
-    """Those that fall to this process, with their windows."""
-    return processes.share([(w, i) for w in windows for i in w.images.tolist() if i in wanted])
-
-
-def _widest(windows: list[Window]) -> int:
-    """Padding that takes in every window of a column at the field's edge."""
-    return 2 * max(w.half for w in windows) + 2
 
 
 def evaluate(
@@ -328,7 +140,7 @@ def evaluate(
     directions : (K, F, ny, nx), optional
         Changes of the expected counts, for `Sums.along`.
     """
-    parameters = _plain(parameters)
+    parameters = plain(parameters)
     windows = windows or plan_windows(problem.library, problem.series, parameters["depth"])
     n_columns, n_foci, shape = len(problem.n_atoms), len(problem.series.defocus), problem.series.shape
     names = per_image(problem)
@@ -339,17 +151,17 @@ def evaluate(
     rate = np.zeros((n_foci, *shape), np.float32)
     total = 0.0
     wanted = np.arange(n_foci) if images is None else np.asarray(images)
-    pad, shapes, levers = _widest(windows), _smooth_shapes(parameters, problem), _levers(parameters, problem)
-    for window, i in progress(_own_images(windows, wanted), desc="images", unit="image"):
-        image = _image(parameters, problem, i, window, pad)
+    pad, shapes, levers = widest(windows), _smooth_shapes(parameters, problem), _levers(parameters, problem)
+    for window, i in progress(own_images(windows, wanted), desc="images", unit="image"):
+        image = image_of(parameters, problem, i, window, pad)
         rate[i] = image.rate
         counts, used = np.asarray(problem.counts[i], float), np.asarray(problem.mask[i])
         total += float(np.where(used, (counts + variance) * np.log(image.rate + variance) - image.rate, 0.0).sum()) / float(problem.dispersion)
         if not derivatives:
             continue
-        changes = np.stack([counts - image.rate, *(c[i] for c in directions)]) * _precision(image.rate, problem, i)
-        by_column = np.concatenate([_over_columns(parameters, problem, image, window, change[None], pad) for change in changes], -1)  # compiled for one layer
-        for name, sums in zip(PER_COLUMN, _by_position(by_column[:, MOVES], parameters, i).swapaxes(0, 1), strict=True):
+        changes = np.stack([counts - image.rate, *(c[i] for c in directions)]) * precision_of(image.rate, problem, i)
+        by_column = np.concatenate([over_columns(parameters, problem, image, window, change[None], pad) for change in changes], -1)  # compiled for one layer
+        for name, sums in zip(PER_COLUMN, by_columns_position(by_column[:, MOVES], parameters, i).swapaxes(0, 1), strict=True):
             along[name] += sums
         # what moves all columns alike sums over them
         by_depth, by_x, by_y, *by_variance = by_column[:, 1:].sum(0)
@@ -400,7 +212,7 @@ def column_information(
     Order of the full vector: all depths, all x, all y.
     The field is taken in bands of tiles that hold at most `BAND` bytes.
     """
-    parameters = _plain(parameters)
+    parameters = plain(parameters)
     series, periodic = problem.series, problem.series.periodic
     n_columns, n_foci, (ny, nx) = len(problem.n_atoms), len(series.defocus), series.shape
     n_kinds = kinds.stop - kinds.start
@@ -413,7 +225,7 @@ def column_information(
     lower = [np.zeros((n_kinds * len(b), n_kinds * len(a))) for a, b in pairwise(parts)]
     scale = np.broadcast_to(np.asarray(series.dose, float), (n_foci,)) * series.pixel_size**2
     gain = np.exp(parameters["log_gain"])
-    pad = _widest(windows)
+    pad = widest(windows)
     jobs = []
     for window in windows:
         tiles = [processes.stretch(a) for a in _tiles(parameters, problem, window.images, window, pad)]
@@ -429,9 +241,9 @@ def column_information(
         own = np.where(members >= 0, place_in[members], 0)
         total = jnp.zeros((len(members), n_kinds * members.shape[1], n_kinds * members.shape[1]), jnp.float32)
         for i in window.images.tolist():
-            placed = _place(sub, small, i, window.half, pad)
-            drawn = on_all(_by_position(np.asarray(_draw(sub, small, window, placed))[:, kinds], sub, i))
-            weight = np.pad(_unfold(_precision(rate[i].astype(float), problem, i)[None] * (scale[i] * gain[i]) ** 2, pad, periodic)[0], [(0, TILE), (0, TILE)])
+            placed = place(sub, small, i, window.half, pad)
+            drawn = on_all(by_columns_position(np.asarray(draw_columns(sub, small, window, placed))[:, kinds], sub, i))
+            weight = np.pad(unfold(precision_of(rate[i].astype(float), problem, i)[None] * (scale[i] * gain[i]) ** 2, pad, periodic)[0], [(0, TILE), (0, TILE)])
             if periodic:  # count each pixel once: only the image itself
                 weight[:pad], weight[pad + ny :], weight[:, :pad], weight[:, pad + nx :] = 0, 0, 0, 0
             cut = weight[origins[:, 0, None, None] + np.arange(TILE)[:, None], origins[:, 1, None, None] + np.arange(TILE)]
@@ -457,7 +269,7 @@ def _strips_of(parameters: dict, series: FocalSeries, windows: list[Window]) -> 
 
 def memory(problem: Problem, draws: int = 0) -> float:
     """Bytes that fitting a field takes, with so many draws of its posterior: within a third of what fields of 400 to 6,000 columns took."""
-    parameters, series, n_columns = _plain(problem.start), problem.series, len(problem.n_atoms)
+    parameters, series, n_columns = plain(problem.start), problem.series, len(problem.n_atoms)
     wide, narrow = (plan_windows(problem.library, series, parameters["depth"], faint) for faint in (FAINT, DIM))
     rows = 3 * np.array([len(part) for part in _strips_of(parameters, series, narrow)])
     matrix = 8.0 * ((rows**2).sum() + (rows[1:] * rows[:-1]).sum())
@@ -536,23 +348,23 @@ def information(parameters: dict, problem: Problem, rate: np.ndarray, progress: 
     Derivatives stop where they are `DIM`, all alike: so what columns and nuisances do in common (all positions and an image's shift) stays in common,
     and the matrix positive. Nuisances come after the columns, the k names `per_image`, image by image for each, then `GLOBAL`.
     """
-    parameters = _plain(parameters)
+    parameters = plain(parameters)
     windows = plan_windows(problem.library, problem.series, parameters["depth"], DIM)
     columns = column_information(parameters, problem, rate, windows, progress=progress)
-    n_columns, n_foci, names, pad = len(problem.n_atoms), len(problem.series.defocus), per_image(problem), _widest(windows)
+    n_columns, n_foci, names, pad = len(problem.n_atoms), len(problem.series.defocus), per_image(problem), widest(windows)
     border, corner = np.zeros((3, n_columns, columns.corner.shape[0])), np.zeros_like(columns.corner)
     shapes, levers = _smooth_shapes(parameters, problem), _levers(parameters, problem)
-    for window, i in _own_images(windows, range(n_foci)):
-        image = _image(parameters, problem, i, window, pad, derivatives=True)
+    for window, i in own_images(windows, range(n_foci)):
+        image = image_of(parameters, problem, i, window, pad, derivatives=True)
         by_z, by_x, by_y, *by_variance = image.slopes
         by_variance = by_variance or [np.zeros_like(by_z)]
-        leant = [image.unit * _painted(parameters, problem, window, image.placed, pad, True, lever)[2:4] for lever in levers.T]
+        leant = [image.unit * painted(parameters, problem, window, image.placed, pad, True, lever)[2:4] for lever in levers.T]
         by_distortion = [of_lever[k] for k in range(2) for of_lever in leant]
         own = np.stack([image.signal, image.dark, by_x, by_y, *(image.dark * shapes), *by_distortion, by_z, by_z * _lever(problem, i), *by_variance])
-        weighted = own * _precision(rate[i].astype(float), problem, i)
+        weighted = own * precision_of(rate[i].astype(float), problem, i)
         at = [j * n_foci + i for j in range(len(names))] + [len(names) * n_foci + j for j in range(len(GLOBAL))]
         corner[np.ix_(at, at)] += np.tensordot(weighted, own, ([1, 2], [1, 2]))
-        border[:, :, at] += _by_position(_over_columns(parameters, problem, image, window, weighted, pad)[:, MOVES], parameters, i).swapaxes(0, 1)
+        border[:, :, at] += by_columns_position(over_columns(parameters, problem, image, window, weighted, pad)[:, MOVES], parameters, i).swapaxes(0, 1)
     border, corner = processes.total((border, corner))
     return columns._replace(border=border.reshape(3 * n_columns, -1)[columns.order], corner=corner)
 
@@ -617,7 +429,7 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
     part of the images only is no substitute: common moves of all positions, soft against the image shifts, then never come to rest.) Where few columns
     lead astray, such as thin ones far from their place, they are held back while the others go on.
     """
-    parameters = _plain(problem.start)
+    parameters = plain(problem.start)
     names = parameter_names(problem)
     prior = prior_curvature(problem)
     most = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in names])
@@ -634,7 +446,7 @@ def find_mode(problem: Problem, progress: Callable = lambda items, **_: items, c
         value, slope = processes.of_first((sums.log_likelihood + float(log_prior(parameters, problem)), slope))
         return _At(parameters, float(value), slope, sums.rate)
 
-    move = lambda at, step: look(_plain(from_vector(to_vector(at.parameters, problem) + step, problem)))
+    move = lambda at, step: look(plain(from_vector(to_vector(at.parameters, problem) + step, problem)))
     factor, damping, limit = before.curvature if before else None, 1e-6, most
     here, newton, away, iteration = look(parameters), np.zeros(len(names)), np.inf, 0
     lagging = converged = False
@@ -707,15 +519,15 @@ def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | N
     The Fisher matrix is taken over from amplitudes `before` where columns are much the same: a step with it is right to first order in
     its change, which for a few counts mended by one atom is a few per cent.
     """
-    parameters = _plain(parameters)
+    parameters = plain(parameters)
     windows = windows_about(parameters, problem)
-    pad = _widest(windows)
+    pad = widest(windows)
     score, rate = np.zeros(len(problem.n_atoms)), np.zeros(problem.counts.shape, np.float32)
-    for window, i in _own_images(windows, range(len(rate))):
-        image = _image(parameters, problem, i, window, pad)
+    for window, i in own_images(windows, range(len(rate))):
+        image = image_of(parameters, problem, i, window, pad)
         rate[i] = image.rate
-        residual = (np.asarray(problem.counts[i], float) - image.rate) * _precision(image.rate, problem, i)
-        score += _over_columns(parameters, problem, image, window, residual[None], pad)[:, 0, 0]
+        residual = (np.asarray(problem.counts[i], float) - image.rate) * precision_of(image.rate, problem, i)
+        score += over_columns(parameters, problem, image, window, residual[None], pad)[:, 0, 0]
     score, rate = processes.total((score, rate))
     if before is not None:
         return Amplitudes(1 + before.curvature.solve(score), before.sd, before.curvature)

@@ -15,6 +15,7 @@ from .. import processes
 from ..config import Config
 from ..inference import likelihood, local
 from ..inference.counts import marginal_draws, mean_square_shift
+from ..inference.drawing import windows_about
 from ..inference.gaussian_peak import PeakFit
 from ..inference.goodness import over_dispersed
 from ..inference.likelihood import Amplitudes, Estimate
@@ -95,7 +96,7 @@ class Forecast(NamedTuple):
 
 def forecast(problem: Problem, draws: int, gradients: int = 0) -> Forecast:
     """Time and memory of a field fitted window by window, with so many draws of its posterior and gradients, each on one device, for them: from what one image takes here and now."""
-    image, windows = np.array([len(problem.series.defocus) // 4]), local.windows_about(problem.start, problem)
+    image, windows = np.array([len(problem.series.defocus) // 4]), windows_about(problem.start, problem)
     local.evaluate(problem.start, problem, windows, image)  # compiles
     start = time.perf_counter()
     local.evaluate(problem.start, problem, windows, image)

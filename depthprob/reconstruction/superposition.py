@@ -14,6 +14,7 @@ from ..config import Config
 from ..devices import rounded
 from ..inference import local
 from ..inference.arrow import ArrowFactor
+from ..inference.drawing import Window
 from ..inference.problem import Problem, field_of, from_vector, to_vector
 from ..physics import crosstalk
 from ..physics.column_images import is_round
@@ -240,7 +241,7 @@ def _drawn(parameters: dict, problem: Problem, groups: list[Neighbours], shares:
         library = pair_library(look(turn) if from_above is None else from_above, of_kind, every[0].cell, lens, turn)
         more = (0, most - len(members))  # pairs of no kind, which are not drawn
         there = parameters | {name: np.pad(of[members], more) for name, of in (("x", middle[:, 0]), ("y", middle[:, 1]), ("depth", highest))}
-        windows = [local.Window(np.arange(len(foci)), half, window_renderer(library, problem.series.pixel_size, half, float(max(-low, high)), tolerance=COARSE))]
+        windows = [Window(np.arange(len(foci)), half, window_renderer(library, problem.series.pixel_size, half, float(max(-low, high)), tolerance=COARSE))]
         change += local.signals(there, eqx.tree_at(lambda p: (p.library, p.n_atoms), problem, (library, np.pad(kind[members] + 1, more))), windows)
     return change
 

@@ -31,7 +31,7 @@ def parts(n_columns: int):
     import jax.numpy as jnp
     from large_fields import rod
 
-    from depthprob.inference import density, local
+    from depthprob.inference import density, drawing, local
     from depthprob.inference.arrow import ArrowFactor, plus_diagonal
     from depthprob.inference.likelihood import maximum
     from depthprob.inference.problem import make_problem, prior_curvature, to_vector
@@ -63,7 +63,7 @@ def parts(n_columns: int):
         return Whitened(small, jnp.asarray(to_vector(estimate.parameters, small)), jnp.asarray(estimate.factor))
 
     large = field(n_columns, False)
-    windows = local.windows_about(large.start, large)
+    windows = drawing.windows_about(large.start, large)
     rate = local.rates(large.start, large, windows)
     matrix = local.select(local.information(large.start, large, rate), large)
     posterior, mode = density.windowed(large.start, large), jnp.asarray(to_vector(large.start, large))
