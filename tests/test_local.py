@@ -10,7 +10,7 @@ from numpyro.diagnostics import effective_sample_size
 from scipy.stats import poisson
 
 from depthprob.errors import InputError
-from depthprob.inference import density, drawing, likelihood, local
+from depthprob.inference import density, drawing, likelihood, local, tiles
 from depthprob.inference.arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
 from depthprob.inference.goodness import goodness_of_fit
 from depthprob.inference.likelihood import fisher_and_score, objective
@@ -137,8 +137,8 @@ def test_information_does_not_depend_on_the_bands(problem, monkeypatch):
     rate = local.rates(problem.start, problem, windows)
     found = []
     for memory in (1e12, 1e7):
-        monkeypatch.setattr(local, "BAND", memory)
-        found.append(local.column_information(problem.start, problem, rate, windows).dense())
+        monkeypatch.setattr(tiles, "BAND", memory)
+        found.append(tiles.column_information(problem.start, problem, rate, windows).dense())
     whole, cut = found
     np.testing.assert_allclose(cut, whole, atol=1e-6 * abs(whole).max())
 

@@ -16,15 +16,7 @@ from ..devices import SPREAD, WHOLE, on_all, rounded, spread
 from ..physics.focal_series import FocalSeries, background_images
 from ..physics.library import ColumnLibrary
 from ..physics.windows import BATCH, WindowRenderer, draw_windows, overlap_windows, paint_windows, window_renderer
-from .problem import (
-    DARKEST,
-    PER_IMAGE,
-    Problem,
-    by_position,
-    distortions_of,
-    field_of,
-    places,
-)
+from .problem import DARKEST, PER_IMAGE, Problem, by_position, distortions_of, field_of, places
 
 FAINT = 7e-4
 CLASSES = 4  # window sizes per series, at most
