@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from depthprob.inference.counts import REACH, depth_shifts, marginal_draws, mean_square_shift
+from depthprob.inference.counts import REACH, depth_shifts, growth, marginal_draws, mean_square_shift
 from depthprob.inference.likelihood import maximum
 from depthprob.inference.problem import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
@@ -34,6 +34,18 @@ def test_shifts_are_those_of_a_joint_fit_with_the_wrong_count(library, shifts):
     for change in (-1, 1):
         wrong = fit(n + np.array([change, 0, 0, 0]))
         np.testing.assert_allclose(wrong[0] - right[0], shifts[5, REACH + change], atol=0.15)
+
+
+def test_growth_is_the_difference_between_columns_an_atom_apart(library):
+    grown, z, along = growth(library), np.array([-70.0, -3.0, 40.0]), np.arange(-3, 4) * 0.5
+    images = lambda of, n: of.series(n, z, along, along)
+    peak = images(library, 12).max()
+    sigma = library.cross_section
+    for n in (1, 2, 7, 12):
+        more, less = min(n + 1, 12), n - 1
+        change = images(library, more) - (images(library, less) if less else 0.0)
+        expected = change * sigma[n - 1] / (sigma[more - 1] - (sigma[less - 1] if less else 0.0))
+        np.testing.assert_allclose(images(grown, n), expected, atol=1e-3 * peak)
 
 
 def test_the_same_count_moves_nothing_and_ends_are_unknown(library, shifts):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from depthprob.errors import InputError
-from depthprob.inference import local
+from depthprob.inference import likelihood, local
 from depthprob.inference.crlb import crlb
 from depthprob.inference.gaussian_peak import fit_gaussian_peaks
 from depthprob.inference.goodness import goodness_of_fit
@@ -214,6 +214,24 @@ def test_wrong_count_is_seen_in_amplitude_and_fit(library, problem):
     amplitude, sd, _ = column_amplitudes(estimate.parameters, wrong)
     assert amplitude[0] < 1 - 4 * sd[0]
     assert goodness_of_fit(estimate.parameters, wrong, rates(estimate.parameters, wrong))[0] > 3  # one in a thousand by chance
+
+
+@pytest.mark.parametrize("reader", [likelihood, local])
+def test_a_wrong_count_among_close_columns_shows_whole(library, reader):
+    """Of 25 columns 2.04 Å apart one is taken an atom short, and one an atom more: what the fit then asks for is what their cross-sections lack, although depths and positions around have moved."""
+    n = np.full(25, 11)
+    wrong = n + 1 * (np.arange(25) == 6) - 1 * (np.arange(25) == 17)
+    places = 2.04 * np.stack(np.mgrid[:5, :5], -1).reshape(-1, 2)
+    series, images = FocalSeries(DEFOCUS, 0.4, np.full(len(DEFOCUS), 9612.0), (40, 40), False), len(DEFOCUS)
+    of = lambda n: Field(places + 4.0, n, places.sum(1) % 4.08, np.full(images, 1e-3), np.ones(images), np.zeros((images, 2)))
+    counts = np.asarray(expected_counts(of(n), library, series))
+    problem = make_problem(counts, of(wrong), library, series, dense=reader is likelihood)
+    parameters = reader.find_mode(problem, close=1e-3).parameters
+    found = reader.column_amplitudes(parameters, problem).value * np.exp(np.asarray(parameters["log_gain"]).mean())
+    lacks = library.cross_section[n - 1] / library.cross_section[wrong - 1]
+    at = wrong != n
+    assert abs((found - 1)[at] / (lacks - 1)[at] - 1).max() < 0.1  # 0.80 if the column as it is is scaled and nothing moves
+    assert abs(found - 1)[~at].max() < 0.03 * abs(lacks - 1).max()
 
 
 def test_sampler_agrees_with_laplace(problem):

@@ -1,14 +1,30 @@
-"""An atom count that is uncertain makes a depth uncertain: what the depth would have been, had the column been taken for another number."""
+"""Atom counts: how a column grows with its atoms, and what its depth would have been, had it been taken for another number."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from ..physics.column_images import at_points
-from ..physics.library import ColumnLibrary
+from ..physics.library import ColumnLibrary, natural_spline
 
 REACH = 2  # atoms more and less
+
+
+def growth(library: ColumnLibrary) -> ColumnLibrary:
+    """What one atom more changes of a column's series, over the relative change of its cross-section: what a column is brighter by as it grows.
+
+    Half the difference of the columns of an atom more and less about one centre of mass; the thickest's, of itself and the one before. No atoms have no signal.
+    """
+    sigma = np.concatenate([[0.0], library.cross_section])
+    coefficients = []
+    for n in range(1, library.n_max + 1):
+        z = jnp.asarray(library.planes - library.centre[n - 1])[None]
+        more, less = min(n + 1, library.n_max), n - 1
+        gained = library.weights(jnp.array([more]), z)[0] - (library.weights(jnp.array([less]), z)[0] if less else 0.0)
+        coefficients.append(natural_spline(np.asarray(gained, float) * sigma[n] / (sigma[more] - sigma[less])))
+    return eqx.tree_at(lambda lib: lib.coefficients, library, np.stack(coefficients).astype(library.coefficients.dtype))
 
 
 def depth_shifts(

@@ -21,7 +21,7 @@ from .problem import DARKEST, PER_IMAGE, Problem, by_position, distortions_of, f
 FAINT = 7e-4
 CLASSES = 4  # window sizes per series, at most
 COLUMNS_A_CLASS = 700  # compiling for one window size more takes seconds: so many columns win them back
-AMPLITUDE, MOVES = slice(0, 1), slice(1, 4)  # of a column's windows: the image itself, its derivatives by z = defocus - depth, x and y
+MOVES = slice(1, 4)  # of a column's windows: derivatives by z = defocus - depth, x and y; the image itself comes before
 SIGNS = np.array([1.0, -1.0, 1.0, 1.0, 1.0])
 
 

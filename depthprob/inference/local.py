@@ -4,6 +4,7 @@ The same model as `likelihood`, whose products over the whole field grow with co
 Images and derivatives are float32, and so are sums over the pixels of a tile and the images of one window size; everything added after is float64.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ import numpy as np
 from .. import processes
 from ..physics.focal_series import from_middle, smooth_functions
 from .arrow import ArrowFactor, ArrowMatrix, plus_diagonal
+from .counts import growth
 from .drawing import (
-    AMPLITUDE,
     FAINT,
     MOVES,
     Window,
@@ -55,6 +56,7 @@ DIM = 1e-2  # of a column's peak, to where its derivatives enter Fisher informat
 MOSTLY = 0.7  # of what a step lacks is a few columns' doing, and not an old Fisher matrix's
 DEAR = 12  # steps that a Fisher matrix costs
 CLOSE = 0.03  # standard deviations, root mean square over parameters, from the maximum: near enough
+SHARP = 0.5  # of the images, nearest to focus, that tell the numbers of atoms: the others have the widest windows, and blur neighbours into one
 
 
 class Sums(NamedTuple):
@@ -353,24 +355,30 @@ def _depth_sd(factor: ArrowFactor, variances: np.ndarray, n: int, relative: bool
 
 
 def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | None = None) -> Amplitudes:
-    """As `likelihood.column_amplitudes`, with backgrounds held at the fit's.
+    """As `likelihood.column_amplitudes`, from the `SHARP` images, with backgrounds held at the fit's.
 
     The Fisher matrix is taken over from amplitudes `before` where columns are much the same: a step with it is right to first order in
     its change, which for a few counts mended by one atom is a few per cent.
     """
     parameters = plain(parameters)
+    grown = dataclasses.replace(problem, library=growth(problem.library))
+    away = abs(np.asarray(problem.series.defocus) - np.median(parameters["depth"]))
+    sharp = np.flatnonzero(away <= np.quantile(away, SHARP))
     windows = windows_about(parameters, problem)
-    pad = widest(windows)
-    score, rate = np.zeros(len(problem.n_atoms)), np.zeros(problem.counts.shape, np.float32)
-    for window, i in own_images(windows, range(len(rate))):
+    n_columns, pad = len(problem.n_atoms), widest(windows)
+    score, rate = np.zeros((n_columns, 4)), np.zeros(problem.counts.shape, np.float32)
+    for window, i in own_images(windows, sharp):
         image = image_of(parameters, problem, i, window, pad)
         rate[i] = image.rate
         residual = (np.asarray(problem.counts[i], float) - image.rate) * precision_of(image.rate, problem, i)
-        score += over_columns(parameters, problem, image, window, residual[None], pad)[:, 0, 0]
+        overlap = lambda of: over_columns(parameters, of, image, window, residual[None], pad)[..., 0]  # noqa: B023
+        score += np.concatenate([overlap(grown)[:, :1], by_columns_position(overlap(problem)[:, MOVES], parameters, i)], 1)
     score, rate = processes.total((score, rate))
-    if before is not None:
-        return Amplitudes(1 + before.curvature.solve(score), before.sd, before.curvature)
-    narrow = plan_windows(problem.library, problem.series, parameters["depth"], DIM)
-    matrix = column_information(parameters, problem, rate, narrow, AMPLITUDE)
-    factor = ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix)))
-    return Amplitudes(1 + factor.solve(score), np.sqrt(factor.variances()), factor)
+    curvature = before.curvature if before else None
+    if curvature is None:
+        narrow = [w._replace(images=np.intersect1d(w.images, sharp)) for w in plan_windows(problem.library, problem.series, parameters["depth"], DIM)]
+        matrix = column_information(parameters, problem, rate, [w for w in narrow if len(w.images)], grown)
+        held = 1e-10 if "x" in problem.free else 1e10
+        curvature = ArrowFactor(plus_diagonal(matrix, np.repeat([1e-10, 1e-10, held, held], n_columns) * _diagonal(matrix)))
+    value = 1 + curvature.solve(score.T.ravel())[:n_columns]
+    return Amplitudes(value, before.sd if before else np.sqrt(curvature.variances()[:n_columns]), curvature)

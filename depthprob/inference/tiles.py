@@ -46,17 +46,17 @@ def _add_tile_products(
 
 
 def column_information(
-    parameters: dict, problem: Problem, rate: np.ndarray, windows: list[Window], kinds: slice = MOVES, progress: Callable = lambda items, **_: items
+    parameters: dict, problem: Problem, rate: np.ndarray, windows: list[Window], grown: Problem | None = None, progress: Callable = lambda items, **_: items
 ) -> ArrowMatrix:
-    """Fisher information among the columns' (depth, x, y), or their `AMPLITUDE`, block-tridiagonal over strips; border and corner left at zero.
+    """Fisher information among the columns' (depth, x, y), block-tridiagonal over strips; border and corner left at zero.
 
-    Order of the full vector: all depths, all x, all y.
+    Order of the full vector: all depths, all x, all y; before them, if there is a `grown` problem, the factors on its columns' images, and no border then.
     The field is taken in bands of tiles that hold at most `BAND` bytes.
     """
     parameters = plain(parameters)
     series, periodic = problem.series, problem.series.periodic
     n_columns, n_foci, (ny, nx) = len(problem.n_atoms), len(series.defocus), series.shape
-    n_kinds = kinds.stop - kinds.start
+    n_kinds = 3 + (grown is not None)
     parts = strips_of(parameters, series, windows)
     strip, row = np.empty(n_columns, int), np.empty(n_columns, int)
     for s, part in enumerate(parts):
@@ -78,12 +78,15 @@ def column_information(
         place_in = np.full(n_columns, 0)
         place_in[here] = np.arange(len(here))
         sub = {k: v[here] if k in PER_COLUMN else v for k, v in parameters.items()}
-        small = _subset(problem, here)
+        small, small_grown = _subset(problem, here), grown and _subset(grown, here)
         own = np.where(members >= 0, place_in[members], 0)
         total = jnp.zeros((len(members), n_kinds * members.shape[1], n_kinds * members.shape[1]), jnp.float32)
         for i in window.images.tolist():
             placed = place(sub, small, i, window.half, pad)
-            drawn = on_all(by_columns_position(np.asarray(draw_columns(sub, small, window, placed))[:, kinds], sub, i))
+            drawn = by_columns_position(np.asarray(draw_columns(sub, small, window, placed))[:, MOVES], sub, i)
+            if small_grown is not None:
+                drawn = np.concatenate([np.asarray(draw_columns(sub, small_grown, window, placed))[:, :1], drawn], 1)
+            drawn = on_all(drawn)
             weight = np.pad(unfold(precision_of(rate[i].astype(float), problem, i)[None] * (scale[i] * gain[i]) ** 2, pad, periodic)[0], [(0, TILE), (0, TILE)])
             if periodic:  # count each pixel once: only the image itself
                 weight[:pad], weight[pad + ny :], weight[:, :pad], weight[:, pad + nx :] = 0, 0, 0, 0
@@ -93,11 +96,11 @@ def column_information(
             ids = np.where(outside, len(drawn), own)
             offsets = np.where(outside[..., None], 0, offsets)
             total = _add_tile_products(total, drawn, jnp.asarray(ids), jnp.asarray(offsets), jnp.asarray(cut, jnp.float32))
-        flip = np.tile(SIGNS[kinds], members.shape[1])
+        flip = np.tile(SIGNS[MOVES.stop - n_kinds : MOVES.stop], members.shape[1])
         _scatter(np.asarray(total), np.outer(flip, flip), members, strip, rows_of, diagonal, lower, n_kinds)
     diagonal, lower = processes.total((diagonal, lower))
     order = np.concatenate([(np.arange(n_kinds) * n_columns + np.asarray(p)[:, None]).ravel() for p in parts])
-    k = len(per_image(problem)) * n_foci + len(GLOBAL) if kinds == MOVES else 0
+    k = len(per_image(problem)) * n_foci + len(GLOBAL) if grown is None else 0
     return ArrowMatrix(order, diagonal, lower, np.zeros((len(order), k)), np.zeros((k, k)))
 
 

@@ -130,28 +130,30 @@ def fit_jointly(
     reckonings, counted = 0, None  # of what is lacking, and the counts that came into the last
     posed = lambda field, centre=None: pose(stack - short, field, library, series, mask, config, centre)
     dispersed = config.inference.noise == "over_dispersed"
-    centre, mode, amplitudes, settled, complete = dict(posed(field).centre), None, None, False, False
+    centre, mode, amplitudes, before, settled, complete = dict(posed(field).centre), None, None, None, False, False
     for last in (False,) * (ROUNDS - 1) + (True,):
         problem = posed(field, centre)
         fit = local if problem.draw is None else likelihood  # columns found or dropped may make a field large or small
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
         counts, amplitudes = recount(mode.parameters, problem, dispersed, amplitudes)
         n = np.asarray(problem.n_atoms)
+        back = False if before is None else (counts.n == before) & (counts.n != n)  # halfway between two numbers, as far as all others go
+        counts, before = counts._replace(n=np.where(back, n, counts.n)), n
         settled = np.array_equal(counts.n, n)
         field = field_of(mode.parameters, jnp.asarray(counts.n))
         if not settled and not last:
             continue
         changed = counted is None or (len(counted) == len(n) and np.mean(counted != n) > FEW)
         if lacking is not None and changed and reckonings < RECKONINGS and (counted is None or not last):
-            short, counted, reckonings = lacking(mode.parameters, problem), n, reckonings + 1
+            short, counted, before, reckonings = lacking(mode.parameters, problem), n, None, reckonings + 1
             continue  # and look for columns in what is left then: thick ones scatter as much beside them as atoms between them
         doubled = [] if last else processes.of_first(doubled_columns(field, series, nearest_distance(column_geometry(config))))
         hidden = [] if last or complete or len(doubled) else processes.of_first(hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem)))
         if len(doubled):
-            field, mode, amplitudes, settled, complete = without_columns(field, doubled), None, None, False, True  # what is hidden has been found, and more
+            field, mode, amplitudes, before, settled, complete = without_columns(field, doubled), None, None, None, False, True  # what is hidden has been found, and more
             centre |= {name: jnp.delete(centre[name], doubled) for name in PER_COLUMN}
         elif len(hidden):
-            field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False
+            field, mode, amplitudes, before, settled = with_columns(field, hidden), None, None, None, False
             centre |= {name: jnp.concatenate([centre[name], posed(field).centre[name][len(n) :]]) for name in PER_COLUMN}
         else:
             break
