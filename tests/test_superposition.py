@@ -216,6 +216,22 @@ def test_what_neighbours_scatter_is_not_counted_as_an_atom_nor_taken_for_a_colum
     assert np.asarray(joint.estimate.parameters["depth"]) == pytest.approx(depths, abs=0.01)
 
 
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_series_that_lacks_nothing_is_left_as_it_is(library, holds):
+    """Neighbours are said to take a tenth of each other's outer images; a series either holds that or is the sum of its columns."""
+    places, depths = spaced(2, 2.04)
+    series, n, ones = FocalSeries(FOCI, 0.3, np.full(len(FOCI), 9612.0), (30, 30)), np.array([5, 6, 7, 8]), jnp.ones(len(FOCI))
+    field = Field(places + 3.5, n, depths, 1e-3 * ones, ones, jnp.zeros((len(FOCI), 2)))
+    total, wider = (np.asarray(expected_counts(f, library, series)) for f in (field, dataclasses.replace(field, source_variance=0.1)))
+    change = 0.2 * (wider - total)
+    counts = np.random.default_rng(0).poisson(np.maximum(total + holds * change, 0))
+    fit = lambda config: fit_jointly(counts, field, library, series, np.ones(counts.shape, bool), config, lacking=lambda *_: change)
+    joint = fit(Config())
+    assert joint.settled and np.array_equal(joint.lacking, change if holds else 0.0)
+    assert joint.refuted is None if holds else joint.refuted > 10
+    assert fit(CORRECTED).refuted is None
+
+
 def test_a_fit_whose_counts_have_not_settled_holds_the_last_ones(library, monkeypatch):
     places, depths = spaced(2, 2.04)
     series, truth, ones = FocalSeries(FOCI, 0.3, np.full(len(FOCI), 9612.0), (30, 30)), np.array([5, 6, 7, 8]), jnp.ones(len(FOCI))

@@ -17,7 +17,7 @@ from ..inference import likelihood, local
 from ..inference.counts import marginal_draws, mean_square_shift
 from ..inference.drawing import windows_about
 from ..inference.gaussian_peak import PeakFit
-from ..inference.goodness import over_dispersed
+from ..inference.goodness import explained, over_dispersed
 from ..inference.likelihood import Amplitudes, Estimate
 from ..inference.posterior import LARGE, Posterior
 from ..inference.problem import AFFINE, DARKEST, PER_COLUMN, Problem, field_of, make_problem
@@ -57,6 +57,8 @@ class JointFit(NamedTuple):
         Whether counts and fit agree.
     lacking : (F, ny, nx), or zero
         What the problem's counts are less than those measured.
+    refuted : float, optional
+        By how much that lowers the log-likelihood, where nothing was therefore taken off.
     """
 
     problem: Problem
@@ -65,6 +67,7 @@ class JointFit(NamedTuple):
     amplitudes: Amplitudes
     settled: bool
     lacking: np.ndarray | float = 0.0
+    refuted: float | None = None
 
     @property
     def reader(self):
@@ -124,43 +127,57 @@ def fit_jointly(
     """Fit a stack (F, ny, nx) [e/pixel] from a starting field, its atom counts mended by the amplitudes that the fit asks for.
 
     Priors are centred where the field starts. What the model is `lacking` of the expected counts at an estimate is taken off the stack once that is near the maximum,
-    and counts and fit are brought to agree anew; it is reckoned again where that changed many counts, on which it depends.
+    and counts and fit are brought to agree anew; it is reckoned again where that changed many counts, on which it depends. With `inference.superposition` "auto" it is not where the
+    fit without it explains the stack better: that of a series which is itself a sum of isolated columns.
     """
     short: np.ndarray | float = 0.0
     reckonings, counted = 0, None  # of what is lacking, and the counts that came into the last
+    plain, refuted = None, None  # the fit before the first, and how much better it was
     posed = lambda field, centre=None: pose(stack - short, field, library, series, mask, config, centre)
     dispersed = config.inference.noise == "over_dispersed"
-    centre, mode, amplitudes, before, settled, complete = dict(posed(field).centre), None, None, None, False, False
+    centre, mode, amplitudes, settled, complete = dict(posed(field).centre), None, None, False, False
+    before, still = None, np.False_  # the counts of the last round, and which are not to change any more
     for last in (False,) * (ROUNDS - 1) + (True,):
         problem = posed(field, centre)
         fit = local if problem.draw is None else likelihood  # columns found or dropped may make a field large or small
         mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
         counts, amplitudes = recount(mode.parameters, problem, dispersed, amplitudes)
         n = np.asarray(problem.n_atoms)
-        back = False if before is None else (counts.n == before) & (counts.n != n)  # halfway between two numbers, as far as all others go
-        counts, before = counts._replace(n=np.where(back, n, counts.n)), n
+        still |= (counts.n == before) & (counts.n != n)  # went there, and would go back: halfway between the two
+        counts, before = counts._replace(n=np.where(still, n, counts.n)), n
         settled = np.array_equal(counts.n, n)
         field = field_of(mode.parameters, jnp.asarray(counts.n))
+        near = lacking is not None and np.mean(counts.n != n) <= FEW
+        if near and reckonings < 2 and config.inference.superposition == "auto":
+            likely = explained(stack, fit.rates(mode.parameters, problem) + short, problem)
+            if not reckonings:
+                plain = likely, field, mode, amplitudes
+            elif likely < plain[0]:
+                refuted, (_, field, mode, amplitudes) = plain[0] - likely, plain
+                short, lacking, before, still = 0.0, None, None, np.False_
+                continue
+        changed = counted is None or (len(counted) == len(n) and np.mean(counted != n) > FEW)
+        if near and changed and reckonings < RECKONINGS and not (last and reckonings):
+            short, counted, reckonings = lacking(mode.parameters, problem), n, reckonings + 1
+            before, still = None, np.False_
+            continue  # and look for columns in what is left then: thick ones scatter as much beside them as atoms between them
         if not settled and not last:
             continue
-        changed = counted is None or (len(counted) == len(n) and np.mean(counted != n) > FEW)
-        if lacking is not None and changed and reckonings < RECKONINGS and (counted is None or not last):
-            short, counted, before, reckonings = lacking(mode.parameters, problem), n, None, reckonings + 1
-            continue  # and look for columns in what is left then: thick ones scatter as much beside them as atoms between them
         doubled = [] if last else processes.of_first(doubled_columns(field, series, nearest_distance(column_geometry(config))))
         hidden = [] if last or complete or len(doubled) else processes.of_first(hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem)))
         if len(doubled):
-            field, mode, amplitudes, before, settled, complete = without_columns(field, doubled), None, None, None, False, True  # what is hidden has been found, and more
+            field, mode, amplitudes, settled, complete = without_columns(field, doubled), None, None, False, True  # what is hidden has been found, and more
             centre |= {name: jnp.delete(centre[name], doubled) for name in PER_COLUMN}
         elif len(hidden):
-            field, mode, amplitudes, before, settled = with_columns(field, hidden), None, None, None, False
+            field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False
             centre |= {name: jnp.concatenate([centre[name], posed(field).centre[name][len(n) :]]) for name in PER_COLUMN}
         else:
             break
+        before, still = None, np.False_
     problem = posed(field, centre)
     if dispersed:
         problem, mode = over_dispersed(problem, fit.rates(mode.parameters, problem)), None
-    return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled, short)
+    return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled, short, refuted)
 
 
 def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitudes | None = None) -> tuple[Counts, Amplitudes]:
