@@ -273,7 +273,7 @@ def benchmark():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["001-4", "001-8", "001-12", "001-20"])
+@pytest.mark.parametrize("name", ["001-4", "001-8", "001-12", "001-20", "001-30", "001-40"])
 def test_depths_of_a_rod_move_by_what_frozen_phonons_say(benchmark, name):
     """Errors in the depth of the central of nine columns of gold; tests/data/superposition_Au.json holds the benchmark's configurations (--results)."""
     kept = json.loads((HERE / "data" / "superposition_Au.json").read_text())[name]
