@@ -132,7 +132,7 @@ def fit_jointly(
     """
     short: np.ndarray | float = 0.0
     reckonings, counted = 0, None  # of what is lacking, and the counts that came into the last
-    plain, refuted = None, None  # the fit before the first, and how much better it was
+    undecided, plain, refuted = config.inference.superposition == "auto", None, None  # until the fit before the first reckoning and that after it are compared
     posed = lambda field, centre=None: pose(stack - short, field, library, series, mask, config, centre)
     dispersed = config.inference.noise == "over_dispersed"
     centre, mode, amplitudes, settled, complete = dict(posed(field).centre), None, None, False, False
@@ -148,14 +148,17 @@ def fit_jointly(
         settled = np.array_equal(counts.n, n)
         field = field_of(mode.parameters, jnp.asarray(counts.n))
         near = lacking is not None and np.mean(counts.n != n) <= FEW
-        if near and reckonings < 2 and config.inference.superposition == "auto":
+        if near and undecided:
             likely = explained(stack, fit.rates(mode.parameters, problem) + short, problem)
-            if not reckonings:
+            if plain is None:
                 plain = likely, field, mode, amplitudes
-            elif likely < plain[0]:
-                refuted, (_, field, mode, amplitudes) = plain[0] - likely, plain
-                short, lacking, before, still = 0.0, None, None, np.False_
-                continue
+            else:
+                if likely < plain[0]:
+                    refuted, (_, field, mode, amplitudes) = plain[0] - likely, plain
+                    short, lacking, before, still = 0.0, None, None, np.False_
+                undecided, plain = False, None
+                if lacking is None:
+                    continue
         changed = counted is None or (len(counted) == len(n) and np.mean(counted != n) > FEW)
         if near and changed and reckonings < RECKONINGS and not (last and reckonings):
             short, counted, reckonings = lacking(mode.parameters, problem), n, reckonings + 1
@@ -174,7 +177,7 @@ def fit_jointly(
         else:
             break
         before, still = None, np.False_
-    problem = posed(field, centre)
+    problem, amplitudes = posed(field, centre), amplitudes._replace(curvature=None)  # which is large
     if dispersed:
         problem, mode = over_dispersed(problem, fit.rates(mode.parameters, problem)), None
     return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled, short, refuted)

@@ -221,10 +221,9 @@ def scored(config, path: Path, pixel: float) -> tuple[dict, dict]:
     found = reconstruct(Stack(stack, foci, pixel, settings), config, quiet=True)
     match = matched(found.positions, truth[:, :2])
     right = (match >= 0) & (found.n_atoms[match] == truth[:, 2])
-    plain = dataclasses.replace(config, inference=dataclasses.replace(config.inference, superposition="plain"))
     of_halves = np.full((2, len(truth)), np.nan)
     for own, half in zip(of_halves, halves, strict=True):
-        fit = reconstruct(Stack(half, foci, pixel, settings), plain, quiet=True)
+        fit = reconstruct(Stack(half, foci, pixel, settings), config, quiet=True)
         at = matched(fit.positions, truth[:, :2])
         good = (at >= 0) & (fit.n_atoms[at] == truth[:, 2])
         own[good] = fit.depth[at[good]]
