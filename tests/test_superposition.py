@@ -254,6 +254,15 @@ def test_a_hidden_column_may_make_a_field_large(library, monkeypatch):
     assert np.asarray(joint.estimate.parameters["depth"])[:3] == pytest.approx(depths[:3], abs=0.1)
 
 
+def test_few_columns_in_wide_images_are_seen_through_windows(library):
+    places, depths = spaced(2, 2.04)
+    ones = jnp.ones(len(FOCI))
+    field = Field(places + 3.5, np.array([5, 6, 7, 8]), depths, 1e-3 * ones, ones, jnp.zeros((len(FOCI), 2)))
+    posed = lambda size, settings: joint_fit.pose(np.zeros((len(FOCI), size, size)), field, library, FocalSeries(FOCI, 0.3, 9612.0 * np.ones(len(FOCI)), (size, size)), np.ones(1, bool), config_from_dict(settings))
+    assert posed(30, {}).draw is not None and posed(900, {}).draw is None
+    assert posed(900, {"inference": {"method": "svi"}}).draw is not None
+
+
 def test_thin_fields_and_plain_settings_ask_for_no_correction(fitted):
     joint, _, _ = fitted(likelihood)
     field = field_of(joint.estimate.parameters, joint.problem.n_atoms)

@@ -303,15 +303,16 @@ def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | N
     normal, right = 0.0, 0.0
     for i in range(len(problem.series.defocus)):
         n, r = _amplitude_sums(parameters, problem, grown, i)
-        normal += np.asarray(n)
-        right += np.asarray(r)
-    covariance = np.linalg.pinv(normal, 1e-12, hermitian=True)[:n_columns]
-    return Amplitudes(1 + covariance @ right, np.sqrt(np.diag(covariance)))
+        normal += np.asarray(n, float)
+        right += np.asarray(r, float)
+    unit = np.sqrt(np.maximum(np.diag(normal), 1e-30))
+    covariance = np.linalg.pinv(normal / np.outer(unit, unit), 1e-6, hermitian=True)[:n_columns] / np.outer(unit[:n_columns], unit)
+    return Amplitudes(1 + covariance @ right, np.sqrt(np.maximum(np.diag(covariance), 0.0)))
 
 
 @jax.jit
 def _amplitude_sums(parameters: dict, problem: Problem, grown: ColumnLibrary, i: jax.Array):
-    """Normal matrix and right side of `column_amplitudes` from one image: amplitudes, depths, x and y of all columns."""
+    """Normal matrix and right side (float32) of `column_amplitudes` from one image: amplitudes, depths, x and y of all columns."""
     scale = counts_per_fraction(problem.series)[i, 0, 0]
     draw, n = problem.draw, problem.n_atoms
 
@@ -324,23 +325,21 @@ def _amplitude_sums(parameters: dict, problem: Problem, grown: ColumnLibrary, i:
         along_y, along_x = phases(draw, displaced(field.positions, field.image_shifts[i], distortion, problem.series))
         basis = draw.basis * widening(draw, field.source_variance)
         spectra = jnp.einsum("cr,rab->cab", weights.astype(jnp.float32), basis) * (along_y[:, :, None] * along_x[:, None, :])
-        return (to_pixels(draw, spectra).reshape(len(n), -1) * scale * field.gain[i]).astype(float)
+        return (to_pixels(draw, spectra).reshape(len(n), -1) * scale * field.gain[i]).astype(jnp.float32)
 
     moving = ("depth", "x", "y") if "x" in problem.free else ("depth",)
     zero, at = jnp.zeros(len(n)), {name: parameters[name] for name in moving}
-    columns, rows = jax.jvp(lambda a: each(a, at), (zero,), (jnp.ones(len(n)),))
+    columns, brighter = jax.jvp(lambda a: each(a, at), (zero,), (jnp.ones(len(n)),))
     slopes = [jax.jvp(lambda v, name=name: each(zero, at | {name: v}), (at[name],), (jnp.ones_like(at[name]),))[1] for name in moving]
-    rows, field = jnp.concatenate([rows, *slopes]), field_of(parameters, n)
-    background = (scale * jnp.broadcast_to(background_images(field, problem.series)[i], problem.series.shape)).ravel()
-    rate = jnp.maximum(columns.sum(0) + background, DARKEST)
+    background = (scale * jnp.broadcast_to(background_images(field_of(parameters, n), problem.series)[i], problem.series.shape)).ravel()
+    rate = jnp.maximum(columns.astype(float).sum(0) + background, DARKEST)
     root = jnp.where(problem.mask[i].ravel(), ((rate + problem.read_variance) * problem.dispersion) ** -0.5, 0.0)
-    rows = rows * root
     constant = background * root
-    constant = constant / jnp.linalg.norm(constant)
-    residual = (problem.counts[i].ravel() - rate) * root
-    project = lambda a: a - (a @ constant)[..., None] * constant  # the image's background, profiled out
-    rows = project(rows)
-    return rows @ rows.T, rows @ project(residual)
+    rows = jnp.concatenate([brighter, *slopes]) * root.astype(jnp.float32)  # float32, the largest of all that a small field needs
+    residual = ((problem.counts[i].ravel() - rate) * root).astype(jnp.float32)
+    dark = (constant / jnp.linalg.norm(constant)).astype(jnp.float32)
+    own = rows @ dark  # the image's background, profiled out
+    return rows @ rows.T - jnp.outer(own, own), rows @ residual - own * (dark @ residual)
 
 
 def rates(parameters: dict, problem: Problem) -> np.ndarray:

@@ -26,7 +26,8 @@ from .likelihood import Estimate, image_log_likelihoods, maximum
 from .problem import AFFINE, GLOBAL, PER_COLUMN, SMOOTH, Problem, field_of, from_vector, to_vector
 from .sampling import WARMUP, Whitened, best_normal, nuts
 
-LARGE = 200  # columns beyond which fields are fitted window by window
+LARGE = 200  # columns beyond which fields are fitted window by window,
+WIDE = 3e6  # and columns times pixels of an image: every column is drawn in all of them otherwise
 
 
 class Posterior(NamedTuple):

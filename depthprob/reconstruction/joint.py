@@ -1,5 +1,6 @@
 """Atom counts and the joint fit of a field, in turn until they agree, and the depths that come of it."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from ..inference.drawing import windows_about
 from ..inference.gaussian_peak import PeakFit
 from ..inference.goodness import explained, over_dispersed
 from ..inference.likelihood import Amplitudes, Estimate
-from ..inference.posterior import LARGE, Posterior
+from ..inference.posterior import LARGE, WIDE, Posterior
 from ..inference.problem import AFFINE, DARKEST, PER_COLUMN, Problem, field_of, make_problem
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
@@ -117,7 +118,9 @@ def pose(
     """
     free = tuple(name for name in config.inference.free if name != "focus_offset") + ("smooth_background",) * (config.inference.background == "smooth")
     prior_sd = {name: sd for word, sd in config.inference.prior_sd.items() for name in PRIOR_OF[word]}
-    return make_problem(stack, field, library, series, free, mask, read_variance_of(config), len(field.n_atoms) <= LARGE, prior_sd, centre)
+    n = len(field.n_atoms)
+    dense = n <= LARGE and (n * math.prod(series.shape) <= WIDE or config.inference.method == "svi")
+    return make_problem(stack, field, library, series, free, mask, read_variance_of(config), dense, prior_sd, centre)
 
 
 def fit_jointly(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -185,6 +185,7 @@ def reconstruct(
         When the series has fewer than three foci, shows no columns, or columns brighter than the library.
     """
     method = method or config.inference.method
+    config = replace(config, inference=replace(config.inference, method=method))
     quiet = quiet or not processes.is_first()
     stages = Stages(quiet)
     progress = progress_bar(quiet)
