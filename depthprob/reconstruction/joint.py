@@ -150,8 +150,8 @@ def fit_jointly(
         counts, before = counts._replace(n=np.where(still, n, counts.n)), n
         settled = np.array_equal(counts.n, n)
         field = field_of(mode.parameters, jnp.asarray(counts.n))
-        near = lacking is not None and np.mean(counts.n != n) <= FEW
-        if near and undecided:
+        near = np.mean(counts.n != n) <= FEW
+        if lacking is not None and near and undecided:
             likely = explained(stack, fit.rates(mode.parameters, problem) + short, problem)
             if plain is None:
                 plain = likely, field, mode, amplitudes
@@ -163,7 +163,7 @@ def fit_jointly(
                 if lacking is None:
                     continue
         changed = counted is None or (len(counted) == len(n) and np.mean(counted != n) > FEW)
-        if near and changed and reckonings < RECKONINGS and not (last and reckonings):
+        if lacking is not None and near and changed and reckonings < RECKONINGS and not (last and reckonings):
             short, counted, reckonings = lacking(mode.parameters, problem), n, reckonings + 1
             before, still = None, np.False_
             continue  # and look for columns in what is left then: thick ones scatter as much beside them as atoms between them
