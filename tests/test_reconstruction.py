@@ -224,10 +224,10 @@ def test_shifts_found_elsewhere_are_where_the_fit_starts_from_and_are_refined(li
 def test_a_large_field_above_the_memory_limit_is_refused_before_its_fit(library, monkeypatch):
     from depthprob.config import config_from_dict
     from depthprob.errors import InputError
-    from depthprob.reconstruction import pipeline
+    from depthprob.reconstruction import joint, pipeline
     from depthprob.stack import Stack
 
-    monkeypatch.setattr(pipeline, "LARGE", 3)
+    monkeypatch.setattr(joint, "LARGE", 3)
     monkeypatch.delattr(pipeline, "fit_jointly")
     pixel, defocus = 0.4, np.arange(-40.0, 41.0, 20.0)
     side, here = np.arange(24) * pixel, 3.6 + 2.04 * np.arange(2)

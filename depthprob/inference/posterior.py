@@ -88,7 +88,7 @@ def infer(
     mode, factor = to_vector(estimate.parameters, problem), estimate.factor
     large = isinstance(factor, ArrowFactor)
     if method == "svi" and large:
-        raise InputError(f"method 'svi' fits fields of up to {LARGE} columns; this one has {len(problem.n_atoms)}. Take method = \"laplace\" or \"nuts\", or crop the stack.")
+        raise InputError(f"method 'svi' fits fields of up to {LARGE} columns; this one has {len(problem.n_atoms)} and is drawn through windows. Take method = \"laplace\" or \"nuts\", or crop the stack.")
     draws, statistics, extra = None, {}, {}
     progress = partial(tqdm, disable=not progress_bar)
     if method == "laplace" and large:

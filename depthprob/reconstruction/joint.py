@@ -118,9 +118,12 @@ def pose(
     """
     free = tuple(name for name in config.inference.free if name != "focus_offset") + ("smooth_background",) * (config.inference.background == "smooth")
     prior_sd = {name: sd for word, sd in config.inference.prior_sd.items() for name in PRIOR_OF[word]}
-    n = len(field.n_atoms)
-    dense = n <= LARGE and (n * math.prod(series.shape) <= WIDE or config.inference.method == "svi")
-    return make_problem(stack, field, library, series, free, mask, read_variance_of(config), dense, prior_sd, centre)
+    return make_problem(stack, field, library, series, free, mask, read_variance_of(config), not by_windows(len(field.n_atoms), series, config), prior_sd, centre)
+
+
+def by_windows(n_columns: int, series: FocalSeries, config: Config) -> bool:
+    """Whether a field is fitted window by window: of many columns, or of few in images so wide that drawing each in all of them takes longer. SVI needs the whole."""
+    return n_columns > LARGE or (n_columns * math.prod(series.shape) > WIDE and config.inference.method != "svi")
 
 
 def fit_jointly(

@@ -18,7 +18,7 @@ from ..inference import held, local
 from ..inference.counts import depth_shifts
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
 from ..inference.goodness import dispersion_of, goodness_of_fit, image_dispersions, leverages
-from ..inference.posterior import LARGE, infer, to_arviz
+from ..inference.posterior import infer, to_arviz
 from ..inference.problem import AFFINE, distortions_of, places
 from ..inference.sampling import gradients
 from ..io import read_drift_csv
@@ -29,7 +29,7 @@ from . import quality, superposition
 from .columns import ColumnFit, central_average, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
-from .joint import SCALE_SD, column_depths, fit_jointly, forecast, pose, starting_depths
+from .joint import SCALE_SD, by_windows, column_depths, fit_jointly, forecast, pose, starting_depths
 from .lattice import lattice_stretch, nearest_distance, snap
 from .libraries import atoms_needed, column_geometry, crystal_of, library_for, neighbouring_libraries, read_variance_of
 from .scan import scan_residuals
@@ -242,7 +242,7 @@ def reconstruct(
     )
     field = processes.of_first(field)
     pairs, seconds = superposition.asked_for(field, series, config)
-    if len(found) > LARGE:
+    if by_windows(len(found), series, config):
         samples, chains = config.inference.samples, config.inference.chains
         need = forecast(pose(stack.data, field, library, series, mask, config), samples * chains, gradients(samples, chains) if method == "nuts" else 0)
         what = f"{len(found)} columns in {len(defocus)} images of {series.shape[0]} x {series.shape[1]} pixels"

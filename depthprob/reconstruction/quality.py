@@ -193,7 +193,7 @@ def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: flo
             return []
         text = f"{thick.sum()} of {len(thick)} columns are so thick (up to {thickness.max():.0f} Å) that the beam spreads in them to their neighbours. Depths are corrected for it, by up to {most:.2f} Å; their error bars hold {owed.depth_sd.max():.2f} Å for what the correction may lack. It is proved for gold along [001], of up to 40 atoms."
         thickest = int(is_thick(n_atoms / 2, positions, spacing, angle).sum())
-        return [text + f" {thickest} columns are so thick that they scatter some per cent less than alone, as the correction says: an error of it by a third is an atom." * bool(thickest)]
+        return [text + f" {thickest} columns are so thick that they scatter some per cent less than alone, as the correction says; of 40 atoms of gold a third of it is an atom." * bool(thickest)]
     if refuted is not None:
         found = f"the fit without what these take from each other explains the series better, by {refuted:.0f} in log-likelihood"
         return [f"{thick.sum()} of {len(thick)} columns are so thick (up to {thickness.max():.0f} Å) that the beam spreads in them to their neighbours, but {found}. A series made as a sum of isolated columns looks like this, and nothing was corrected. If this one is measured, or simulated as a whole, something told is wrong; inference.superposition = \"corrected\" corrects it all the same."]
