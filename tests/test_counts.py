@@ -60,11 +60,11 @@ def test_draws_have_the_mixtures_mean_and_variance(shifts):
     probability = np.zeros((2, 12))
     probability[0, 5] = 1
     probability[1, 5:7] = 0.6, 0.4
-    draws = marginal_draws(rng.normal(0, 0.5, (200_000, 2)), n, probability, shifts, rng)
+    draws = marginal_draws(rng.normal(0, 0.5, (200_000, 2)), n, probability, shifts[n - 1], rng)
     move = shifts[5, REACH + 1]
     np.testing.assert_allclose(draws.mean(0), [0, 0.4 * move], atol=0.01)
     np.testing.assert_allclose(draws.var(0), [0.25, 0.25 + 0.24 * move**2], rtol=0.02)
-    np.testing.assert_allclose(mean_square_shift(n, probability, shifts), [0, 0.4 * move**2])
+    np.testing.assert_allclose(mean_square_shift(n, probability, shifts[n - 1]), [0, 0.4 * move**2])
 
 
 def test_a_depth_far_from_all_foci_is_not_moved_by_its_count(library):
@@ -72,6 +72,6 @@ def test_a_depth_far_from_all_foci_is_not_moved_by_its_count(library):
     unseen = depth_shifts(library, DEFOCUS, np.full(images, 9612.0), np.full(images, 1e-3), depth=-1000.0)
     certain, doubtful = np.eye(library.n_max)[[4]], np.full((1, library.n_max), 1 / library.n_max)
     for probability in (certain, doubtful):
-        draws = marginal_draws(np.zeros((20, 1)), np.array([5]), probability, unseen, np.random.default_rng(0))
+        draws = marginal_draws(np.zeros((20, 1)), np.array([5]), probability, unseen[[4]], np.random.default_rng(0))
         assert np.all(np.isfinite(draws))
     assert np.all(unseen[:, REACH] == 0)

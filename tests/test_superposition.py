@@ -193,6 +193,34 @@ def test_a_fit_is_taken_back_to_the_truth_by_what_superposition_lacks(fitted, mo
     assert np.array_equal(again.estimate.parameters["depth"], joint.estimate.parameters["depth"]) and same.depth == pytest.approx(owed.depth, rel=0.1)
 
 
+@pytest.mark.parametrize("reader", [likelihood, pytest.param(local, marks=pytest.mark.slow)])
+def test_a_wrong_count_moves_a_depth_by_what_its_pairs_make_of_it_too(fitted, monkeypatch, reader):
+    """Against whole fits with the wrong count, each less what pairs of the fit before are said to lack: what a blur and a defocus take, and half as much again for an atom more."""
+    joint, _, truth = fitted(reader)
+    rates = lambda parameters, problem, blur, lower: reader.rates(parameters | {"source_variance": parameters["source_variance"] + blur, "depth": parameters["depth"] + lower}, problem)
+    lacked = lambda parameters, problem: 0.1 * (problem.n_atoms.sum() / 26) ** 10 * (rates(parameters, problem, 0.1, 10.0) - rates(parameters, problem, 0.0, 0.0))
+    asked = []
+    monkeypatch.setattr(superposition, "lacking", lambda parameters, problem, config, progress, shared, of=None: (asked.append(of), (lacked(parameters, problem), 6))[1])
+    joint, owed = superposition.settled(joint, CORRECTED, True, 1.0)
+    alone = np.zeros(4)
+    farther = superposition.per_atom(joint, owed, alone, CORRECTED)
+    (column,) = np.flatnonzero(asked[-1])  # the others are too near
+    assert column == np.argmax(abs(owed.depth)) and farther / owed.depth == pytest.approx(np.full(4, farther[0] / owed.depth[0]))
+
+    every, before = np.asarray(joint.problem.counts) + joint.lacking, np.asarray(joint.estimate.parameters["depth"])
+    wrong = np.asarray(joint.problem.n_atoms) + (np.arange(4) == column)
+    problem, parameters = dataclasses.replace(joint.problem, n_atoms=jnp.asarray(wrong)), joint.estimate.parameters
+    moved = []
+    for _ in range(6):
+        problem = dataclasses.replace(problem, start=parameters, counts=every - lacked(parameters, problem))
+        parameters = reader.find_mode(problem).parameters
+        moved.append(float(parameters["depth"][column] - before[column]))
+    assert farther[column] == pytest.approx(moved[-1], rel=0.1) and abs(moved[-1] - moved[-2]) < 0.01
+    unlike = reader.find_mode(dataclasses.replace(problem, counts=joint.problem.counts)).parameters["depth"][column] - before[column]
+    assert abs(farther[column] - float(unlike)) > 0.2 * abs(moved[-1])  # had pairs been left as they were
+    assert np.array_equal(superposition.per_atom(joint, owed, np.full(4, np.nan), CORRECTED), np.zeros(4))  # all as long as the library has them
+
+
 def test_what_neighbours_scatter_is_not_counted_as_an_atom_nor_taken_for_a_column(library, monkeypatch):
     """Counts of 5 to 8 atoms and what would be one more in the first, which superposition is said to lack; columns are looked for where it has been taken off."""
     places, depths = spaced(2, 2.04)

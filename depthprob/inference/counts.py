@@ -71,17 +71,18 @@ def depth_shifts(
     return out
 
 
-def _other_counts(n: int, probability: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _other_counts(n: int, probability: np.ndarray, moves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Shifts [Å] of the counts a column of `n` atoms may have instead, itself among them, and their shares."""
-    moves = shifts[n - 1]
     known = np.flatnonzero(np.isfinite(moves))
     share = probability[n - 1 + known - REACH]
     return moves[known], share / share.sum()
 
 
-def mean_square_shift(n: Int[np.ndarray, " column"], probability: Float[np.ndarray, "column n_max"], shifts: Float[np.ndarray, "n change"]) -> Float[np.ndarray, " column"]:
+def mean_square_shift(
+    n: Int[np.ndarray, " column"], probability: Float[np.ndarray, "column n_max"], shifts: Float[np.ndarray, "column change"]
+) -> Float[np.ndarray, " column"]:
     """Mean square [Å^2] of what depths given counts `n` would move by, over the counts that each column may have instead."""
-    pairs = (_other_counts(int(number), p, shifts) for number, p in zip(n, probability, strict=True))
+    pairs = (_other_counts(int(number), p, moves) for number, p, moves in zip(n, probability, shifts, strict=True))
     return np.array([np.sum(share * moves**2) for moves, share in pairs])
 
 
@@ -89,12 +90,12 @@ def marginal_draws(
     draws: Float[np.ndarray, "draw column"],
     n: Int[np.ndarray, " column"],
     probability: Float[np.ndarray, "column n_max"],
-    shifts: Float[np.ndarray, "n change"],
+    shifts: Float[np.ndarray, "column change"],
     rng: np.random.Generator,
 ) -> Float[np.ndarray, "draw column"]:
     """Draws of depths given counts `n`, spread over the counts that each column may have instead, by `probability`."""
     out = draws.copy()
     for c, number in enumerate(n):
-        moves, share = _other_counts(int(number), probability[c], shifts)
+        moves, share = _other_counts(int(number), probability[c], shifts[c])
         out[:, c] += rng.choice(moves, len(draws), p=share)
     return out

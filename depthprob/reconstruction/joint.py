@@ -264,8 +264,8 @@ def column_depths(posterior: Posterior, joint: JointFit, count_shifts: np.ndarra
 
     Parameters
     ----------
-    count_shifts : (n_max, changes)
-        What a wrong count does to a depth, from `counts.depth_shifts`.
+    count_shifts : (C, changes)
+        What a wrong count does to each depth [Å], by changes as of `counts.depth_shifts`.
     superposition_sd : (C,)
         What is not known of the sum of isolated columns [Å].
     relative : bool

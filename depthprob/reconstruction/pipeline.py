@@ -15,7 +15,7 @@ from .. import processes
 from ..config import NUISANCES, Config
 from ..errors import InputError
 from ..inference import held, local
-from ..inference.counts import depth_shifts
+from ..inference.counts import REACH, depth_shifts
 from ..inference.gaussian_peak import disc_averages, disc_radius, fit_gaussian_peaks
 from ..inference.goodness import dispersion_of, goodness_of_fit, image_dispersions, leverages
 from ..inference.posterior import infer, to_arviz
@@ -279,7 +279,9 @@ def reconstruct(
     result = infer(problem, method, key, config.inference.samples, config.inference.chains, estimate=estimate, progress_bar=not quiet, checkpoint=checkpoint)
     bound = fit.column_bounds(estimate, problem, relative)
     background = np.exp(parameters["log_background"])
-    moves = depth_shifts(library, defocus, dose, background, float(np.median(parameters["depth"])))
+    moves = depth_shifts(library, defocus, dose, background, float(np.median(parameters["depth"])))[n_atoms - 1]
+    if owed.pairs:
+        moves += np.outer(superposition.per_atom(joint, owed, moves[:, REACH + 1], config, progress, shared), np.arange(-REACH, REACH + 1))
     depths = column_depths(result, joint, moves, owed.depth_sd, config.inference.seed, relative)
     gaussian_depth = baseline.depth - np.nanmean(baseline.depth) * relative
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from scipy.spatial import cKDTree
 
@@ -35,6 +36,7 @@ PATIENCE = 900.0  # s of processor time, beyond which pairs are found only where
 GIGABYTES = 1.5  # that pairs take beside a fit
 TOGETHER = 0.2  # rad; pairs whose directions differ by no more are drawn alike
 COARSE = 1e-3  # largest error of an image of what a pair lacks, of its peak
+SAMPLE, APART = 20, 10.0  # columns whose counts are changed to see how depths follow, at most, and how far from each other [Å]
 UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 8 to 30 atoms of gold
 
 
@@ -157,6 +159,11 @@ def _box(series: FocalSeries) -> np.ndarray | None:
     return np.array(series.shape[::-1]) * series.pixel_size if series.periodic else None
 
 
+def _kinds(group: Neighbours, n_atoms: np.ndarray) -> set[tuple[int, int]]:
+    """Numbers of atoms of its pairs."""
+    return set(map(tuple, n_atoms[group.members].tolist()))
+
+
 def nodes(n: int) -> list[tuple[int, float]]:
     """Numbers of atoms and their weights, between which what a pair lacks is interpolated in the number of one column: every one up to 16, every fourth from 24 on."""
     step = 1 if n < 16 else 2 if n < 24 else 4
@@ -178,7 +185,7 @@ def shares_of(kinds: set[tuple[int, int]]) -> dict[tuple[int, int], dict[tuple[i
 
 def seconds_for(groups: list[Neighbours], n_atoms: np.ndarray, images: int) -> float:
     """Processor time [s] that pairs take of which the cache holds none, gold under 21 mrad: paths for each distance, waves down each group's longest columns, every two numbers of atoms, and images."""
-    kinds = [set().union(*shares_of(set(map(tuple, n_atoms[g.members].tolist()))).values()) for g in groups]
+    kinds = [set().union(*shares_of(_kinds(g, n_atoms)).values()) for g in groups]
     grams = sum(0.1 * max(map(max, kind)) + 0.4 * len(kind) for kind in kinds) + 15 * len({g.separation for g in groups})
     return grams + 4e-5 * images * sum(len(g.members) for g in groups)
 
@@ -193,8 +200,10 @@ def asked_for(field: Field, series: FocalSeries, config: Config) -> tuple[bool, 
     return wanted == "corrected" or (wanted == "auto" and thick and seconds < PATIENCE), seconds
 
 
-def lacking(parameters: dict, problem: Problem, config: Config, progress: Callable = lambda items, **_: items, shared: dict | None = None) -> tuple[np.ndarray, int]:
-    """What the sum of isolated columns lacks of the expected counts (F, ny, nx) float32 at an estimate, and the number of pairs that it comes of.
+def lacking(
+    parameters: dict, problem: Problem, config: Config, progress: Callable = lambda items, **_: items, shared: dict | None = None, of: np.ndarray | None = None
+) -> tuple[np.ndarray, int]:
+    """What the sum of isolated columns lacks of the expected counts (F, ny, nx) float32 at an estimate, and the number of pairs that it comes of: all, or those `of` some columns (C,).
 
     `shared` keeps what all pairs of a crystal need for the next estimate.
     """
@@ -203,7 +212,11 @@ def lacking(parameters: dict, problem: Problem, config: Config, progress: Callab
     n, foci = np.asarray(field.n_atoms), np.asarray(defocus_minus_depth(field, series)[0] + field.depths[0])
     groups = neighbours_of(field, series, config)
     steps = int(n.max() + max((g.below for g in groups), default=0.0) / problem.library.spacing) + 5
-    shares = [shares_of(set(map(tuple, n[g.members].tolist()))) for g in groups]
+    shares = [shares_of(_kinds(g, n)) for g in groups]
+    if of is not None:
+        groups = [g._replace(members=g.members[of[g.members].any(1)]) for g in groups]
+        shares = [{kind: share[kind] for kind in _kinds(g, n)} for g, share in zip(groups, shares, strict=True)]
+        groups, shares = [g for g in groups if len(g.members)], [share for share in shares if share]
     shared = {} if shared is None else shared
     grams = [
         pair_grams(config, group, set().union(*of.values()), steps, shared)
@@ -278,6 +291,45 @@ def settled(joint: JointFit, config: Config, wanted: bool, seconds: float, progr
     moved = from_vector(to_vector(estimate.parameters, problem) - more, problem)
     parameters = estimate.parameters | {name: value for name, value in moved.items() if name in problem.free}
     return joint._replace(problem=problem, estimate=estimate._replace(parameters=parameters), lacking=change), Owed(change, shift[:n], UNSURE * abs(shift[:n]), pairs, seconds)
+
+
+def per_atom(
+    joint: JointFit, owed: Owed, isolated: np.ndarray, config: Config, progress: Callable = lambda items, **_: items, shared: dict | None = None
+) -> np.ndarray:
+    """How much farther depths (C,) [Å] go than those of `isolated` columns (C,) for each atom that a column is counted more, when what its pairs lack follows its count.
+
+    Some columns, far from each other, grow at their lower ends, and the fit's answer is followed from there: the thickest stay nearly there, for what they scatter is
+    mostly from above. What they go farther is proportional to what `owed` has moved them by, within a tenth in a rod of gold of 26 to 43 atoms.
+    """
+    problem, parameters = joint.problem, {name: np.asarray(value, float) for name, value in joint.estimate.parameters.items()}
+    n = np.asarray(problem.n_atoms)
+    thickest = np.argsort(-abs(owed.depth) * np.isfinite(isolated))
+    chosen = np.zeros(len(n), bool)
+    chosen[_far_apart(np.stack([parameters["x"], parameters["y"]], 1), thickest, _box(problem.series))] = True
+    chosen &= np.isfinite(isolated)  # the library's longest cannot grow
+    if not np.any(owed.depth[chosen]):
+        return np.zeros(len(n))
+    more = dataclasses.replace(problem, n_atoms=problem.n_atoms + jnp.asarray(chosen))
+    before = joint.reader.rates(parameters, problem) + lacking(parameters, problem, config, progress, shared, chosen)[0]
+    shift = np.where(chosen, problem.library.spacing / 2, 0.0)
+    for _ in range(2):  # thin columns go back more than first order can follow
+        there = parameters | {"depth": parameters["depth"] + shift}
+        change = joint.reader.rates(there, more) + lacking(there, more, config, progress, shared, chosen)[0] - before
+        shift = np.where(chosen, shift - _follows(joint, change[None])[: len(n), 0], 0.0)
+    moved = owed.depth[chosen]
+    return owed.depth * float((shift - isolated)[chosen] @ moved / (moved @ moved))
+
+
+def _far_apart(positions: np.ndarray, order: np.ndarray, box: np.ndarray | None) -> list[int]:
+    """The first `SAMPLE` positions (C, 2) in this order that lie `APART` from each other."""
+    tree = cKDTree(positions if box is None else np.mod(positions, box), boxsize=box)
+    found: list[int] = []
+    free = np.ones(len(positions), bool)
+    for c in order.tolist():
+        if free[c] and len(found) < SAMPLE:
+            found.append(c)
+            free[tree.query_ball_point(tree.data[c], APART)] = False
+    return found
 
 
 def _follows(joint: JointFit, changes: np.ndarray) -> np.ndarray:
