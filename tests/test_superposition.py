@@ -196,7 +196,7 @@ def test_a_fit_is_taken_back_to_the_truth_by_what_superposition_lacks(fitted, mo
 @pytest.mark.parametrize("reader", [likelihood, pytest.param(local, marks=pytest.mark.slow)])
 def test_a_wrong_count_moves_a_depth_by_what_its_pairs_make_of_it_too(fitted, monkeypatch, reader):
     """Against whole fits with the wrong count, each less what pairs of the fit before are said to lack: what a blur and a defocus take, and half as much again for an atom more."""
-    joint, _, truth = fitted(reader)
+    joint, *_ = fitted(reader)
     rates = lambda parameters, problem, blur, lower: reader.rates(parameters | {"source_variance": parameters["source_variance"] + blur, "depth": parameters["depth"] + lower}, problem)
     lacked = lambda parameters, problem: 0.1 * (problem.n_atoms.sum() / 26) ** 10 * (rates(parameters, problem, 0.1, 10.0) - rates(parameters, problem, 0.0, 0.0))
     asked = []

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..physics.focal_series import renderer
+from ..physics.focal_series import counts_per_fraction, renderer, smooth_functions
 from ..physics.library import ColumnLibrary
 from . import likelihood, local
 from .arrow import ArrowFactor
 from .likelihood import Estimate
-from .problem import DARKEST, Problem
+from .problem import DARKEST, SMOOTH, Problem
 
 POWERS = (1, 2, 3)  # of the number of atoms, by which wrong counts brighten columns
 ROUNDING = 1e-6  # of a setting's information, below which what the fitted parameters leave of it is rounding: float32 images leave 2e-8, of either sign
@@ -44,12 +44,15 @@ class Asked(NamedTuple):
 
 
 def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[ColumnLibrary, float]]) -> dict[str, Asked]:
-    """Score tests of every held setting: focus_step, source_variance [Å^2] if not free, and those that `libraries` were built for.
+    """Score tests of every held setting: focus_step, source_variance [Å^2] if not free, those that `libraries` were built for, and "background" where it is constant.
 
     A setting h beside the fitted parameters theta has the derivative e of the expected counts n by it, the information e^T W e with W = 1 / (n + v),
     and A = J^T W e in common with theta. One step of scoring in both moves h by (e - J C A)^T W r / (e^T W e - A^T C A), r the residuals and C the inverse
     Fisher information of theta, and theta by -C A times that. Priors are left out: the background's alone, where there is none, would ask for focus steps
     four standard deviations smaller. Sums in float64.
+
+    What is asked of a constant background is how it varies over the field, the same in all images: the relative standard deviation of the `smooth_functions` that residuals
+    ask for together, and for its significance the square root of their chi-square: of five, 2.1 +- 0.7 where it is constant.
 
     Counts of atoms may be wrong where a setting is, and take up its brightness: a cubic in the number of atoms, by which columns are brighter than their counts, is
     taken out of every test as well. (Without it B told as 0.3 Å^2 where 0.63 is right asks for 0.37, for 12 of 28 columns have an atom too many, with it for 0.54.)
@@ -73,6 +76,10 @@ def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[Co
         slopes[name] = (fit.rates(estimate.parameters, dataclasses.replace(problem, library=library, draw=draw)) - rate) / np.float32(step)
 
     settings = list(slopes)
+    uneven = [] if SMOOTH[0] in problem.free else list(SMOOTH)
+    if uneven:
+        dark = np.asarray(counts_per_fraction(problem.series) * np.exp(estimate.parameters["log_background"])[:, None, None], np.float32)
+        slopes |= {name: dark * shape for name, shape in zip(uneven, smooth_functions(problem.series.shape), strict=True)}
     atoms = np.arange(1, problem.library.n_max + 1)[:, None, None] / problem.library.n_max
     for power in POWERS:
         brighter = dataclasses.replace(problem.library, coefficients=problem.library.coefficients * (1 + 0.01 * atoms**power))
@@ -90,7 +97,7 @@ def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[Co
         alone += (rows * w.ravel()) @ rows.T
         score += rows @ (w * r).ravel()
     information = alone - np.array(common) @ solved
-    many = len(settings)
+    many = len(settings) + len(uneven)
     taken = np.linalg.pinv(information[many:, many:], 1e-9, hermitian=True) @ information[many:]
     score, information, solved = score - taken.T @ score[many:], information - information[:, many:] @ taken, solved - solved[:, many:] @ taken
     out = {}
@@ -100,4 +107,10 @@ def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[Co
         else:
             change = float(score[i] / information[i, i])
             out[name] = Asked(change, float(information[i, i] ** -0.5), -change * solved[: len(problem.n_atoms), i], float(min(1.0, change * score[i] / max(misfit, 1e-9))))
+    if uneven:
+        own = slice(len(settings), many)
+        shares = np.linalg.pinv(information[own, own], 1e-9, hermitian=True) @ score[own]
+        square = float(shares @ score[own])
+        varies = float(np.tensordot(shares, smooth_functions(problem.series.shape), 1).std())
+        out["background"] = Asked(varies, varies / square**0.5, -solved[: len(problem.n_atoms), own] @ shares, float(min(1.0, square / max(misfit, 1e-9))))
     return out

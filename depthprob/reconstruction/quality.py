@@ -277,6 +277,7 @@ def doubts_of_settings(tested: dict[str, Asked], config: Config, depth_sd: float
         "convergence_angle": lambda a: f"a convergence angle of {settings.convergence_angle_mrad + a.change:.2f} ± {a.sd:.2f} mrad where {settings.convergence_angle_mrad:g} is given",
         "spherical_aberration": lambda a: f"C3 = {settings.spherical_aberration_mm + a.change * 1e-7:.5f} ± {a.sd * 1e-7:.5f} mm where {settings.spherical_aberration_mm:g} is given",
         "debye_waller_b": lambda a: f"B = {config.specimen.debye_waller_b + a.change:.2f} ± {a.sd:.2f} Å² where {config.specimen.debye_waller_b:g} is given",
+        "background": lambda a: f"a background that varies by {100 * a.change:.0f} % over the field, as of a support film (inference.background = \"smooth\"), where a constant one is told",
         "focal_variance": lambda a: f"a focal spread of {spread(a.change):.0f} Å where {settings.focal_spread_A:g} is given",
     }
     lens = microscope_of(config)
