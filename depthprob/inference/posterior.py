@@ -27,7 +27,7 @@ from .problem import AFFINE, GLOBAL, PER_COLUMN, SMOOTH, Problem, field_of, from
 from .sampling import WARMUP, Whitened, best_normal, nuts
 
 LARGE = 200  # columns beyond which fields are fitted window by window,
-WIDE = 3e6  # and columns times pixels of an image: every column is drawn in all of them otherwise
+WIDE = 4e5  # and columns times pixels of an image that a window leaves out: every column is drawn in all of them otherwise, which compiles sooner
 
 
 class Posterior(NamedTuple):

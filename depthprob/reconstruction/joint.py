@@ -72,8 +72,7 @@ class JointFit(NamedTuple):
 
     @property
     def reader(self):
-        """The module that evaluates this field's likelihood: `local` window by window, or `likelihood` whole."""
-        return local if self.problem.draw is None else likelihood
+        return reader_of(self.problem)
 
 
 class Depths(NamedTuple):
@@ -118,12 +117,37 @@ def pose(
     """
     free = tuple(name for name in config.inference.free if name != "focus_offset") + ("smooth_background",) * (config.inference.background == "smooth")
     prior_sd = {name: sd for word, sd in config.inference.prior_sd.items() for name in PRIOR_OF[word]}
-    return make_problem(stack, field, library, series, free, mask, read_variance_of(config), not by_windows(len(field.n_atoms), series, config), prior_sd, centre)
+    return make_problem(stack, field, library, series, free, mask, read_variance_of(config), not by_windows(len(field.n_atoms), library, series, config), prior_sd, centre)
 
 
-def by_windows(n_columns: int, series: FocalSeries, config: Config) -> bool:
+def by_windows(n_columns: int, library: ColumnLibrary, series: FocalSeries, config: Config) -> bool:
     """Whether a field is fitted window by window: of many columns, or of few in images so wide that drawing each in all of them takes longer. SVI needs the whole."""
-    return n_columns > LARGE or (n_columns * math.prod(series.shape) > WIDE and config.inference.method != "svi")
+    pixels, widest = math.prod(series.shape), math.prod(library.images.shape[1:]) * (library.pixel / series.pixel_size) ** 2
+    return n_columns > LARGE or (n_columns * (pixels - widest) > WIDE and config.inference.method != "svi")
+
+
+def reader_of(problem: Problem):
+    """The module that evaluates this field's likelihood: `local` window by window, or `likelihood` whole."""
+    return local if problem.draw is None else likelihood
+
+
+class _Agreed(NamedTuple):
+    """A fit after some rounds of counting: the field with the counts that the last asked for, and what the next may start from."""
+
+    field: Field
+    problem: Problem
+    mode: likelihood.Mode
+    counts: Counts
+    amplitudes: Amplitudes
+
+    @property
+    def changed(self) -> float:
+        """Share of the columns whose counts the last round changed."""
+        return float(np.mean(np.asarray(self.problem.n_atoms) != np.asarray(self.field.n_atoms)))
+
+    def rate(self) -> np.ndarray:
+        """Expected counts (F, ny, nx)."""
+        return reader_of(self.problem).rates(self.mode.parameters, self.problem)
 
 
 def fit_jointly(
@@ -134,64 +158,73 @@ def fit_jointly(
 
     Priors are centred where the field starts. What the model is `lacking` of the expected counts at an estimate is taken off the stack once that is near the maximum,
     and counts and fit are brought to agree anew; it is reckoned again where that changed many counts, on which it depends. With `inference.superposition` "auto" it is not where the
-    fit without it explains the stack better: that of a series which is itself a sum of isolated columns.
+    fit without it explains the stack better: that of a series which is itself a sum of isolated columns. Columns are looked for in what is left then: thick ones scatter as
+    much beside them as atoms between them.
     """
-    short: np.ndarray | float = 0.0
-    reckonings, counted = 0, None  # of what is lacking, and the counts that came into the last
-    undecided, plain, refuted = config.inference.superposition == "auto", None, None  # until the fit before the first reckoning and that after it are compared
-    posed = lambda field, centre=None: pose(stack - short, field, library, series, mask, config, centre)
+    posed = lambda field, short, centre=None: pose(stack - short, field, library, series, mask, config, centre)
     dispersed = config.inference.noise == "over_dispersed"
-    centre, mode, amplitudes, settled, complete = dict(posed(field).centre), None, None, False, False
-    before, still = None, np.False_  # the counts of the last round, and which are not to change any more
-    for last in (False,) * (ROUNDS - 1) + (True,):
-        problem = posed(field, centre)
-        fit = local if problem.draw is None else likelihood  # columns found or dropped may make a field large or small
-        mode = fit.find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
-        counts, amplitudes = recount(mode.parameters, problem, dispersed, amplitudes)
-        n = np.asarray(problem.n_atoms)
-        still |= (counts.n == before) & (counts.n != n)  # went there, and would go back: halfway between the two
-        counts, before = counts._replace(n=np.where(still, n, counts.n)), n
-        settled = np.array_equal(counts.n, n)
-        field = field_of(mode.parameters, jnp.asarray(counts.n))
-        near = np.mean(counts.n != n) <= FEW
-        if lacking is not None and near and undecided:
-            likely = explained(stack, fit.rates(mode.parameters, problem) + short, problem)
-            if plain is None:
-                plain = likely, field, mode, amplitudes
-            else:
-                if likely < plain[0]:
-                    refuted, (_, field, mode, amplitudes) = plain[0] - likely, plain
-                    short, lacking, before, still = 0.0, None, None, np.False_
-                undecided, plain = False, None
-                if lacking is None:
-                    continue
-        changed = counted is None or (len(counted) == len(n) and np.mean(counted != n) > FEW)
-        if lacking is not None and near and changed and reckonings < RECKONINGS and not (last and reckonings):
-            short, counted, reckonings = lacking(mode.parameters, problem), n, reckonings + 1
-            before, still = None, np.False_
-            continue  # and look for columns in what is left then: thick ones scatter as much beside them as atoms between them
-        if not settled and not last:
-            continue
-        doubled = [] if last else processes.of_first(doubled_columns(field, series, nearest_distance(column_geometry(config))))
-        hidden = [] if last or complete or len(doubled) else processes.of_first(hidden_columns(mode.parameters, problem, fit.rates(mode.parameters, problem)))
+    centre, rounds = dict(posed(field, 0.0).centre), 0
+
+    def agree(field: Field, short: np.ndarray | float, enough: float, near: _Agreed | None = None) -> _Agreed:
+        """Fits and counts in turn until they change no more than `enough` of each other, from a fit `near` to the first."""
+        nonlocal rounds
+        mode, amplitudes = (near.mode, near.amplitudes) if near else (None, None)
+        before, still = None, np.False_  # the counts of the last round, and which are not to change any more
+        while True:
+            rounds += 1
+            problem = posed(field, short, centre)
+            mode = reader_of(problem).find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
+            counts, amplitudes = recount(mode.parameters, problem, dispersed, amplitudes)
+            n = np.asarray(problem.n_atoms)
+            still |= (counts.n == before) & (counts.n != n)  # went there, and would go back: halfway between the two
+            counts, before = counts._replace(n=np.where(still, n, counts.n)), n
+            field = field_of(mode.parameters, jnp.asarray(counts.n))
+            agreed = _Agreed(field, problem, mode, counts, amplitudes)
+            if agreed.changed <= enough or rounds >= ROUNDS:
+                return agreed
+
+    short: np.ndarray | float = 0.0
+    refuted = None
+    agreed = agree(field, short, FEW if lacking else 0.0)
+    plain = (explained(stack, agreed.rate(), agreed.problem), agreed) if lacking and config.inference.superposition == "auto" else None
+    for _ in range(RECKONINGS if lacking and agreed.changed <= FEW else 0):
+        reckoned = np.asarray(agreed.problem.n_atoms)
+        short = lacking(agreed.mode.parameters, agreed.problem)
+        agreed = agree(agreed.field, short, FEW, agreed)
+        if plain and (refuted := plain[0] - explained(stack, agreed.rate() + short, agreed.problem)) > 0:
+            agreed, short = plain[1], 0.0
+            break
+        plain, refuted = None, None  # with its large factor
+        if rounds >= ROUNDS or np.mean(reckoned != np.asarray(agreed.problem.n_atoms)) <= FEW:
+            break
+
+    complete = False  # what was hidden has been found, and more
+    while True:
+        if agreed.changed and rounds < ROUNDS:
+            agreed = agree(agreed.field, short, 0.0, agreed)
+        if rounds >= ROUNDS:
+            break
+        doubled = processes.of_first(doubled_columns(agreed.field, series, nearest_distance(column_geometry(config))))
+        hidden = [] if complete or len(doubled) else processes.of_first(hidden_columns(agreed.mode.parameters, agreed.problem, agreed.rate()))
         if len(doubled):
-            field, mode, amplitudes, settled, complete = without_columns(field, doubled), None, None, False, True  # what is hidden has been found, and more
+            field, complete = without_columns(agreed.field, doubled), True
             centre |= {name: jnp.delete(centre[name], doubled) for name in PER_COLUMN}
         elif len(hidden):
-            field, mode, amplitudes, settled = with_columns(field, hidden), None, None, False
-            centre |= {name: jnp.concatenate([centre[name], posed(field).centre[name][len(n) :]]) for name in PER_COLUMN}
+            field = with_columns(agreed.field, hidden)
+            centre |= {name: jnp.concatenate([centre[name], posed(field, short).centre[name][-len(hidden) :]]) for name in PER_COLUMN}
         else:
             break
-        before, still = None, np.False_
-    problem, amplitudes = posed(field, centre), amplitudes._replace(curvature=None)  # which is large
+        agreed = agree(field, short, 0.0)
+
+    problem, amplitudes, mode = posed(agreed.field, short, centre), agreed.amplitudes._replace(curvature=None), agreed.mode  # the curvature is large
     if dispersed:
-        problem, mode = over_dispersed(problem, fit.rates(mode.parameters, problem)), None
-    return JointFit(problem, fit.maximum(problem, progress, mode), counts, amplitudes, settled, short, refuted)
+        problem, mode = over_dispersed(problem, reader_of(problem).rates(mode.parameters, problem)), None
+    return JointFit(problem, reader_of(problem).maximum(problem, progress, mode), agreed.counts, amplitudes, not agreed.changed, short, refuted)
 
 
 def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitudes | None = None) -> tuple[Counts, Amplitudes]:
     """Atom counts that a fit's amplitudes ask for, and the amplitudes, reckoned from those `before`; `dispersed` counts scatter more than Poisson's."""
-    fit, library, n = local if problem.draw is None else likelihood, problem.library, np.asarray(problem.n_atoms)
+    fit, library, n = reader_of(problem), problem.library, np.asarray(problem.n_atoms)
     amplitudes = fit.column_amplitudes(parameters, problem, before)
     noisier = over_dispersed(problem, fit.rates(parameters, problem)).dispersion ** 0.5 if dispersed else 1.0
     # a gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts

@@ -242,7 +242,7 @@ def reconstruct(
     )
     field = processes.of_first(field)
     pairs, seconds = superposition.asked_for(field, series, config)
-    if by_windows(len(found), series, config):
+    if by_windows(len(found), library, series, config):
         samples, chains = config.inference.samples, config.inference.chains
         need = forecast(pose(stack.data, field, library, series, mask, config), samples * chains, gradients(samples, chains) if method == "nuts" else 0)
         what = f"{len(found)} columns in {len(defocus)} images of {series.shape[0]} x {series.shape[1]} pixels"

@@ -35,6 +35,7 @@ BEYOND = 2.5  # Å beyond the beam's spread that a neighbour still matters: colu
 PATIENCE = 900.0  # s of processor time, beyond which pairs are found only where the config asks for it
 GIGABYTES = 1.5  # that pairs take beside a fit
 TOGETHER = 0.2  # rad; pairs whose directions differ by no more are drawn alike
+LONGER = 4  # atoms that the next estimate's columns may have more before their paths are followed anew
 COARSE = 1e-3  # largest error of an image of what a pair lacks, of its peak
 SAMPLE, APART = 20, 10.0  # columns whose counts are changed to see how depths follow, at most, and how far from each other [Å]
 UNSURE = 0.15  # of a depth's shift, as a standard deviation: what frozen phonons leave open, from 8 to 30 atoms of gold
@@ -211,15 +212,17 @@ def lacking(
     field = field_of(parameters, problem.n_atoms)
     n, foci = np.asarray(field.n_atoms), np.asarray(defocus_minus_depth(field, series)[0] + field.depths[0])
     groups = neighbours_of(field, series, config)
-    steps = int(n.max() + max((g.below for g in groups), default=0.0) / problem.library.spacing) + 5
     shares = [shares_of(_kinds(g, n)) for g in groups]
     if of is not None:
         groups = [g._replace(members=g.members[of[g.members].any(1)]) for g in groups]
         shares = [{kind: share[kind] for kind in _kinds(g, n)} for g, share in zip(groups, shares, strict=True)]
         groups, shares = [g for g in groups if len(g.members)], [share for share in shares if share]
     shared = {} if shared is None else shared
+    longest = int(n.max() + max((g.below for g in groups), default=0.0) / problem.library.spacing) + 5
+    if shared.get("steps", 0) < longest:
+        shared["steps"] = longest + LONGER
     grams = [
-        pair_grams(config, group, set().union(*of.values()), steps, shared)
+        pair_grams(config, group, set().union(*of.values()), shared["steps"], shared)
         for group, of in progress(list(zip(groups, shares, strict=True)), desc="pairs of neighbours", unit="kind")
     ]
     change = np.zeros((len(foci), *series.shape), np.float32)
