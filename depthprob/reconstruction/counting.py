@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 SCATTERS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.45)  # of cross-sections, in what one atom more adds
 FAR = 6.0  # standard deviations, beyond which a library's cross-section is none of a column's
 SHRINK = 1.0  # columns that every atom number has beside those counted: mean shares, had all shares been equally likely before; half as many made counts too sure
-BINS = 1000  # of a mixture's first fits; more columns than these are taken together with their neighbours there
+BINS = 1000  # of a mixture's first fits, and of all of a hybrid's; more columns than these are taken together with their neighbours there
 ODD = 0.05  # share of columns that are none of the library's, such as single atoms on their way over a support
 
 
@@ -180,9 +180,9 @@ def count_by_hybrid(cross_section: np.ndarray, library: np.ndarray, dose: float 
     """
     x = np.asarray(cross_section, float)
     logs = np.linspace(-2.5, 2.5, 61) * scale_sd
-    fits, each = [_begin(x, library, dose)], _moments(x)
+    fits, binned = [_begin(x, library, dose)], _moments(x, BINS)
     for log in logs:  # each from the last one's shares and width
-        fits.append(_expectation_maximisation(each, fits[-1]._replace(means=np.exp(log) * library), 0.01, SHRINK))
+        fits.append(_expectation_maximisation(binned, fits[-1]._replace(means=np.exp(log) * library), 0.01, SHRINK))
     fits = fits[1:]
     log_p = np.array([fit.log_likelihood for fit in fits]) - 0.5 * (logs / scale_sd) ** 2
     weight = np.exp(log_p - logsumexp(log_p))
