@@ -183,21 +183,23 @@ def fit_jointly(
             if agreed.changed <= enough or rounds >= ROUNDS:
                 return agreed
 
-    short: np.ndarray | float = 0.0
-    refuted = None
-    agreed = agree(field, short, FEW if lacking else 0.0)
-    plain = (explained(stack, agreed.rate(), agreed.problem), agreed) if lacking and config.inference.superposition == "auto" else None
-    for _ in range(RECKONINGS if lacking and agreed.changed <= FEW else 0):
-        reckoned = np.asarray(agreed.problem.n_atoms)
-        short = lacking(agreed.mode.parameters, agreed.problem)
-        agreed = agree(agreed.field, short, FEW, agreed)
-        if plain and (refuted := plain[0] - explained(stack, agreed.rate() + short, agreed.problem)) > 0:
-            agreed, short = plain[1], 0.0
-            break
-        plain, refuted = None, None  # with its large factor
-        if rounds >= ROUNDS or np.mean(reckoned != np.asarray(agreed.problem.n_atoms)) <= FEW:
-            break
+    def reckon(agreed: _Agreed) -> tuple[_Agreed, np.ndarray | float, float | None]:
+        """A fit less what the model lacks, reckoned until few counts depend on it, and what that is; or the fit as it was, and by how much the other explains the stack less."""
+        if lacking is None or agreed.changed > FEW:
+            return agreed, 0.0, None
+        plain = (explained(stack, agreed.rate(), agreed.problem), agreed) if config.inference.superposition == "auto" else None
+        for _ in range(RECKONINGS):
+            reckoned = np.asarray(agreed.problem.n_atoms)
+            short = lacking(agreed.mode.parameters, agreed.problem)
+            agreed = agree(agreed.field, short, FEW, agreed)
+            if plain and (refuted := plain[0] - explained(stack, agreed.rate() + short, agreed.problem)) > 0:
+                return plain[1], 0.0, refuted
+            plain = None  # with its large factors
+            if rounds >= ROUNDS or np.mean(reckoned != np.asarray(agreed.problem.n_atoms)) <= FEW:
+                break
+        return agreed, short, None
 
+    agreed, short, refuted = reckon(agree(field, 0.0, FEW if lacking else 0.0))
     complete = False  # what was hidden has been found, and more
     while True:
         if agreed.changed and rounds < ROUNDS:
@@ -214,6 +216,7 @@ def fit_jointly(
             centre |= {name: jnp.concatenate([centre[name], posed(field, short).centre[name][-len(hidden) :]]) for name in PER_COLUMN}
         else:
             break
+        del agreed  # with its large factors, before there are new ones
         agreed = agree(field, short, 0.0)
 
     problem, amplitudes, mode = posed(agreed.field, short, centre), agreed.amplitudes._replace(curvature=None), agreed.mode  # the curvature is large
