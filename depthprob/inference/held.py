@@ -44,7 +44,7 @@ class Asked(NamedTuple):
 
 
 def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[ColumnLibrary, float]]) -> dict[str, Asked]:
-    """Score tests of every held setting: focus_step, source_variance [Å^2] if not free, those that `libraries` were built for, and "background" where it is constant.
+    """Score tests of every held setting: focus_step, source_variance [Å^2] if not free, those that `libraries` were built for, and "background" where it is constant and seen.
 
     A setting h beside the fitted parameters theta has the derivative e of the expected counts n by it, the information e^T W e with W = 1 / (n + v),
     and A = J^T W e in common with theta. One step of scoring in both moves h by (e - J C A)^T W r / (e^T W e - A^T C A), r the residuals and C the inverse
@@ -112,5 +112,6 @@ def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[Co
         shares = np.linalg.pinv(information[own, own], 1e-9, hermitian=True) @ score[own]
         square = float(shares @ score[own])
         varies = float(np.tensordot(shares, smooth_functions(problem.series.shape), 1).std())
-        out["background"] = Asked(varies, varies / square**0.5, -solved[: len(problem.n_atoms), own] @ shares, float(min(1.0, square / max(misfit, 1e-9))))
+        if square > 0:
+            out["background"] = Asked(varies, varies / square**0.5, -solved[: len(problem.n_atoms), own] @ shares, float(min(1.0, square / max(misfit, 1e-9))))
     return out
