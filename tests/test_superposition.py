@@ -83,6 +83,28 @@ def test_numbers_between_which_pairs_are_interpolated_have_their_mean():
     assert superposition.shares_of({(30, 31)}) == {(30, 31): {(30, 31): 1.0}}
 
 
+def test_what_some_columns_lack_is_that_of_their_pairs_alone_on_paths_that_serve_longer_ones(fitted, monkeypatch):
+    joint, *_ = fitted(likelihood)
+    walked, drawn = [], []
+    monkeypatch.setattr(superposition, "pair_grams", lambda config, group, numbers, steps, shared: walked.append(steps) or dict.fromkeys(numbers))
+    monkeypatch.setattr(superposition, "_drawn", lambda parameters, problem, groups, shares, *_: drawn.extend(zip(groups, shares, strict=True)) or 0.0)
+    shared: dict = {}
+
+    def pairs(problem, of=None):
+        drawn.clear()
+        count = superposition.lacking(joint.estimate.parameters, problem, CORRECTED, shared=shared, of=of)[1]
+        n, members = np.asarray(problem.n_atoms), [tuple(sorted(pair)) for group, _ in drawn for pair in group.members.tolist()]
+        assert all(set(share) == set(map(tuple, n[group.members].tolist())) for group, share in drawn) and count == len(members)
+        return set(members)
+
+    every = pairs(joint.problem)
+    assert every == {(0, 1), (0, 2), (1, 3), (2, 3)}  # those across the square, 2.9 Å apart, are too thin to meet
+    assert pairs(joint.problem, np.arange(4) == 3) == {pair for pair in every if 3 in pair}
+    assert pairs(joint.problem, np.zeros(4, bool)) == set()
+    longer = dataclasses.replace(joint.problem, n_atoms=joint.problem.n_atoms + 1)
+    assert pairs(longer) == every and len(set(walked)) == 1
+
+
 def test_longer_columns_at_the_next_estimate_have_longer_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("DEPTHPROB_CACHE", str(tmp_path))
     walked = []
