@@ -16,6 +16,7 @@ _PUBLIC = {
     "compare_estimators": "inference.single",
     "crlb": "inference.crlb",
     "expected_counts": "physics.focal_series",
+    "fisher_information": "inference.fisher",
     "fit_gaussian_peaks": "inference.gaussian_peak",
     "fit_single_columns": "inference.single",
     "infer": "inference.posterior",

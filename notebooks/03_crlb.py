@@ -24,7 +24,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import depthprob as dp
-from depthprob.inference.fisher import atom_counts, information_of, phonon_information, poisson_fisher
+from depthprob.inference.atoms import atom_counts, information_of, phonon_information
+from depthprob.inference.fisher import poisson_fisher
 from depthprob.inference.likelihood import fisher_and_score
 from depthprob.inference.problem import make_problem
 
@@ -69,10 +70,10 @@ axes[0].set_ylabel("defocus (Å)")
 exact = information_of(poisson_fisher(counts[0], counts[1:]))
 paper = np.array([4.10, 4.42, 4.48, 3.70, 4.46, 4.25, 5.81, 3.42, 5.48, 3.06])
 print("atom           " + " ".join(f"{a + 1:6d}" for a in range(n_atoms)))
-print("bound (nm)     " + " ".join(f"{sd / 10:6.1f}" for sd in exact.atom_sd))
+print("bound (nm)     " + " ".join(f"{sd / 10:6.1f}" for sd in exact.sd()))
 if not SMALL:
     print("paper (nm)     " + " ".join(f"{sd:6.2f}" for sd in paper))
-print(f"whole column   {exact.column_sd:.3f} Å")
+print(f"whole column   {exact.sd_together():.3f} Å")
 print("\n".join(exact.in_words()))
 
 # %% [markdown]
@@ -90,9 +91,9 @@ differences = (below - above) / 0.2
 rounded = (below.astype(np.float32) - above.astype(np.float32)) / np.float32(0.2)
 by_differences = information_of(poisson_fisher(counts[0], differences))
 by_rounded = information_of(poisson_fisher(counts[0], rounded))
-print("exact (nm)                " + " ".join(f"{sd / 10:6.1f}" for sd in exact.atom_sd))
-print("±10 pm, double (nm)       " + " ".join(f"{sd / 10:6.1f}" for sd in by_differences.atom_sd))
-print("±10 pm, counts single (nm)" + " ".join(f"{sd / 10:6.1f}" for sd in by_rounded.atom_sd))
+print("exact (nm)                " + " ".join(f"{sd / 10:6.1f}" for sd in exact.sd()))
+print("±10 pm, double (nm)       " + " ".join(f"{sd / 10:6.1f}" for sd in by_differences.sd()))
+print("±10 pm, counts single (nm)" + " ".join(f"{sd / 10:6.1f}" for sd in by_rounded.sd()))
 print(f"largest difference of a derivative: {abs(differences - counts[1:]).max() / abs(counts[1:]).max():.1e} of the largest derivative")
 
 # %% [markdown]
@@ -110,20 +111,20 @@ found = phonon_information(column, microscope, detector, series, (1,) if SMALL e
 print("configurations                 bound on each atom (nm), mean and standard error over groups")
 for f in found:
     for name, fisher in (("raw", f.raw), ("symmetrised", f.symmetrised)):
-        sd = np.array([information_of(g).atom_sd for g in fisher]) / 10
+        sd = np.array([information_of(g).sd() for g in fisher]) / 10
         print(f"{f.configurations:4d} {name:12s}  " + " ".join(f"{m:5.2f}±{e:4.2f}" for m, e in zip(sd.mean(0), sd.std(0, ddof=1) / len(sd) ** 0.5, strict=True)))
 last = found[-1]
 print("crossed groups, eigenvalues (1/Å²): " + " ".join(f"{v:.2g}" for v in np.linalg.eigvalsh(last.crossed.mean(0))[::-1]))
-print("closed form, eigenvalues:           " + " ".join(f"{v:.2g}" for v in exact.eigenvalues))
-print(f"whole column (Å): closed form {exact.column_sd:.3f}; frozen phonons " + "; ".join(f"{f.configurations} configurations {f.symmetrised.sum((1, 2)).mean() ** -0.5:.3f} symmetrised, {f.crossed.sum((1, 2)).mean() ** -0.5:.3f} crossed" for f in found))
+print("closed form, eigenvalues:           " + " ".join(f"{v:.2g}" for v in exact.eigenvalues()))
+print(f"whole column (Å): closed form {exact.sd_together():.3f}; frozen phonons " + "; ".join(f"{f.configurations} configurations {f.symmetrised.sum((1, 2)).mean() ** -0.5:.3f} symmetrised, {f.crossed.sum((1, 2)).mean() ** -0.5:.3f} crossed" for f in found))
 
 # %%
 fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
 for name, marker, colour in (("raw", "o", "#D55E00"), ("symmetrised", "s", "#0072B2")):
     for f, alpha in zip(found, np.linspace(0.35, 1, len(found)), strict=True):
-        sd = np.array([information_of(g).atom_sd for g in getattr(f, name)]) / 10
+        sd = np.array([information_of(g).sd() for g in getattr(f, name)]) / 10
         ax.errorbar(np.arange(1, n_atoms + 1), sd.mean(0), sd.std(0, ddof=1) / len(sd) ** 0.5, fmt=marker, color=colour, alpha=alpha, label=f"{name}, {f.configurations}")
-ax.plot(np.arange(1, n_atoms + 1), exact.atom_sd / 10, "k-", label="closed form")
+ax.plot(np.arange(1, n_atoms + 1), exact.sd() / 10, "k-", label="closed form")
 if not SMALL:
     ax.plot(np.arange(1, n_atoms + 1), paper, "kx", label="paper's Table 2")
 ax.set(yscale="log", xlabel="atom, top first", ylabel="bound on its depth (nm)")
@@ -180,11 +181,11 @@ for name, curve in curves.items():
 # together.
 
 # %%
-assert abs(exact.column_sd - information_of(poisson_fisher(counts[0], counts[1:].sum(0)[None])).atom_sd[0]) < 1e-9
-np.testing.assert_allclose(by_differences.column_sd, exact.column_sd, rtol=1e-3)
-assert information_of(found[0].raw[0]).atom_sd.mean() < exact.atom_sd.mean()  # Monte-Carlo noise is taken for information
+assert abs(exact.sd_together() - information_of(poisson_fisher(counts[0], counts[1:].sum(0)[None])).sd()[0]) < 1e-9
+np.testing.assert_allclose(by_differences.sd_together(), exact.sd_together(), rtol=1e-3)
+assert information_of(found[0].raw[0]).sd().mean() < exact.sd().mean()  # Monte-Carlo noise is taken for information
 for tighter, looser in zip(list(curves.values())[:-1], list(curves.values())[1:], strict=True):
     assert np.all(np.array(tighter) < 1.01 * np.array(looser)), "unknowns cannot lower a bound"
 if not SMALL:
     assert max(curves["isolated, all known"]) < 1.0
-    assert exact.atom_sd.max() > 200.0 and exact.atom_sd.min() > 20.0  # longer than the column: single atoms are not measured
+    assert exact.sd().max() > 200.0 and exact.sd().min() > 20.0  # longer than the column: single atoms are not measured

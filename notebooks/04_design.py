@@ -140,14 +140,14 @@ foci = np.arange(-200.0, 201.0, 40.0 if SMALL else 10.0)
 by_angle = dict(zip(lenses, atom_bounds_by_angle(dp.Column("Au", n_few, 4.08, 0.63), tuple(lenses.values()), angles, annuli, foci, 9612.0, 12.0), strict=True))
 for name, rows in by_angle.items():
     for angle, (inner, _), row in zip(angles, annuli, rows, strict=True):
-        print(f"{name:10s} {angle:3.0f} mrad, detector from {inner:4.1f} mrad: column {row.column_sd:.3f} Å, atoms (Å) " + " ".join(f"{sd:.1f}" for sd in row.atom_sd))
+        print(f"{name:10s} {angle:3.0f} mrad, detector from {inner:4.1f} mrad: column {row.sd_together():.3f} Å, atoms (Å) " + " ".join(f"{sd:.1f}" for sd in row.sd()))
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 for (name, rows), colour, marker, width in zip(by_angle.items(), ("black", "#0072B2", "#D55E00"), "osD", (5, 3, 1), strict=True):  # where they lie upon each other all are seen
     for part, style, policy in ((slice(None, n_fixed), "--", "detector from 48 mrad"), (slice(n_fixed, None), "-", "from 1.5 times the angle")):
-        axes[0].plot(angles[part], [r.column_sd for r in rows[part]], style, color=colour, lw=width, marker=marker, ms=width + 3, label=f"{name}, {policy}")
-        axes[1].semilogy(angles[part], [np.median(r.atom_sd) for r in rows[part]], style, color=colour, lw=width, marker=marker, ms=width + 3)
+        axes[0].plot(angles[part], [r.sd_together() for r in rows[part]], style, color=colour, lw=width, marker=marker, ms=width + 3, label=f"{name}, {policy}")
+        axes[1].semilogy(angles[part], [np.median(r.sd()) for r in rows[part]], style, color=colour, lw=width, marker=marker, ms=width + 3)
 axes[0].set(xlabel="convergence semi-angle (mrad)", ylabel="bound on the column's depth (Å)", ylim=(0, None))
 axes[1].set(xlabel="convergence semi-angle (mrad)", ylabel="bound on an atom's depth, median (Å)")
 axes[0].legend(fontsize=7, handlelength=4, loc="lower left")
@@ -164,8 +164,8 @@ axes[0].legend(fontsize=7, handlelength=4, loc="lower left")
 # %%
 assert timing["gain_in_dose"] > 1.1
 np.testing.assert_allclose(timing["total_dose_for_target_e_per_A2"]["given"], timing["gain_in_dose"] * timing["total_dose_for_target_e_per_A2"]["best"], rtol=1e-9)
-column_sd = {name: np.array([row.column_sd for row in rows]) for name, rows in by_angle.items()}
-flat, atoms_flat = column_sd["flat phase"], np.array([np.median(row.atom_sd) for row in by_angle["flat phase"]])
+column_sd = {name: np.array([row.sd_together() for row in rows]) for name, rows in by_angle.items()}
+flat, atoms_flat = column_sd["flat phase"], np.array([np.median(row.sd()) for row in by_angle["flat phase"]])
 assert np.all(np.diff(flat[:n_fixed]) < 0) and np.all(np.diff(atoms_flat[:n_fixed]) < 0)  # a wider aperture sections better
 assert all(by_ignorance[near]["gain_in_dose"] >= by_ignorance[wide]["gain_in_dose"] for near, wide in zip(sorted(by_ignorance)[:-1], sorted(by_ignorance)[1:], strict=True))
 for name in ("given", "best"):
@@ -177,7 +177,7 @@ if not SMALL:
     assert everything["gain_in_dose"] > 3.5
     np.testing.assert_allclose(flat[[0, 3, 4, 8, 9]], [0.489, 0.238, 0.358, 0.207, 0.221], rtol=0.01)
     np.testing.assert_allclose(atoms_flat[[4, 8]], [207, 2.2], rtol=0.03)
-    assert by_angle["flat phase"][8].atom_sd.max() < 4.08
+    assert by_angle["flat phase"][8].sd().max() < 4.08
     for name in ("C3 = 1 µm", "C5 = 1 mm"):
         assert np.all(abs(column_sd[name][:9] / flat[:9] - 1) < 0.02), name
     np.testing.assert_allclose(column_sd["C5 = 1 mm"][9] / flat[9], 1.46, rtol=0.02)

@@ -76,6 +76,19 @@ def test_an_unknown_given_by_its_derivative_costs_what_the_parameter_costs(libra
     assert expected > crlb(field, library, SERIES, ("background",), 0.5) * 1.001
 
 
+def test_bounds_of_many_columns_are_those_of_few(library, monkeypatch):
+    # a field taken for a large one: only columns that overlap share rows
+    where = 3.0 + 2.04 * np.stack(np.meshgrid(np.arange(4), np.arange(3)), -1).reshape(-1, 2)
+    series = FocalSeries(DEFOCUS, 0.4, np.full(len(DEFOCUS), 9612.0), (26, 32))
+    field = replace(column_of(1), positions=where, n_atoms=np.arange(1, 13), depths=np.linspace(-4, 4, 12))
+    beside = {"width": np.asarray(counts_by_focal_variance(field, library, series))}
+    for free, told in ((("positions", "background", "image_shifts", "focus_offset"), {"width": 30.0}), (("gain", "focus_step"), {"depth": 0.4, "focus_step": 0.01})):
+        monkeypatch.setattr("depthprob.inference.crlb.LARGE", 200)
+        expected = crlb(field, library, series, free, 0.5, told, beside)
+        monkeypatch.setattr("depthprob.inference.crlb.LARGE", 3)
+        np.testing.assert_allclose(crlb(field, library, series, free, 0.5, told, beside), expected, rtol=0.02)
+
+
 def test_focal_spread_is_diffusion_along_the_focus(gram):
     # beside the images of two lenses of other spread, whose waves are damped by exp(-(pi lambda s)^2 (k^2 - k'^2)^2 / 2)
     lens = lambda variance: replace(LENS, focal_spread=variance**0.5)

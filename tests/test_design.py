@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from depthprob.errors import InputError
+from depthprob.inference.atoms import atom_information
 from depthprob.inference.design import (
     Columns,
     Plan,
@@ -19,7 +20,6 @@ from depthprob.inference.design import (
     ring_images,
     ring_sensitivity,
 )
-from depthprob.inference.fisher import atom_information
 from depthprob.physics.column_images import at_points, column_images
 from depthprob.physics.detector import AnnularDetector
 from depthprob.physics.focal_series import FocalSeries
@@ -71,8 +71,8 @@ def test_bounds_of_atoms_by_angle_are_those_of_images():
     lenses = (MICROSCOPE, Microscope(energy=3e5, convergence_angle=20.0, source_fwhm=0.7, focal_spread=20.0, spherical_aberration=1e5))
     for lens, (found,) in zip(lenses, atom_bounds_by_angle(column, lenses, [20.0], [[48.0, 90.0]], FOCI, 9612.0, 12.0), strict=True):
         expected = atom_information(column, lens, detector, FocalSeries(FOCI, 0.2, 9612.0, (61, 61)))
-        np.testing.assert_allclose(found.column_sd, expected.column_sd, rtol=0.02)
-        np.testing.assert_allclose(found.atom_sd, expected.atom_sd, rtol=0.03)
+        np.testing.assert_allclose(found.sd_together(), expected.sd_together(), rtol=0.02)
+        np.testing.assert_allclose(found.sd(), expected.sd(), rtol=0.03)
 
 
 def test_the_direct_beam_on_the_detector_is_refused():

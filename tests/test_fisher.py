@@ -1,14 +1,22 @@
 """Fisher information of counts, and the functions its images stand on, against closed forms."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.integrate import quad
+from scipy.optimize._numdiff import approx_derivative
 from scipy.special import jv
+from scipy.stats import norm, poisson
 
-from depthprob.inference.fisher import AtomInformation, atom_information, information_of, poisson_fisher
+from depthprob.errors import InputError
+from depthprob.inference.atoms import atom_information, information_of
+from depthprob.inference.crlb import crlb
+from depthprob.inference.fisher import Information, fisher_information, poisson_fisher
 from depthprob.physics.detector import AnnularDetector
-from depthprob.physics.focal_series import FocalSeries
+from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.physics.gram import bessel
 from depthprob.physics.optics import Microscope
 from depthprob.physics.scattering import POTENTIAL_PER_SCATTERING_FACTOR, projected_potential, scattering_factor
@@ -42,6 +50,102 @@ def test_potential_is_the_transform_of_the_scattering_factor(parametrization):
     np.testing.assert_allclose(here, POTENTIAL_PER_SCATTERING_FACTOR * there, rtol=2e-4)
 
 
+GRID = jnp.arange(-12.0, 12.01, 0.5)
+
+
+def blob(p):
+    """A Gaussian spot of so many counts."""
+    x, y = GRID - p["centre"][0], GRID[:, None] - p["centre"][1]
+    return p["counts"] * 0.5**2 / (2 * np.pi * p["width"] ** 2) * jnp.exp(-(x**2 + y**2) / (2 * p["width"] ** 2))
+
+
+SPOT = {"counts": 9e5, "width": 1.5, "centre": np.array([0.3, -0.2])}
+
+
+def test_information_on_a_spot_is_that_of_the_normal_distribution():
+    # N draws of a normal distribution in two dimensions: N / s^2 on either coordinate, 4 N / s^2 on s; and 1 / N on N
+    found = fisher_information(blob, SPOT, units={"centre": "Å", "width": "Å"})
+    assert found.names == ("centre[0]", "centre[1]", "counts", "width") and found.units == ("Å", "Å", "", "Å")
+    np.testing.assert_allclose(found.matrix, np.diag([9e5 / 1.5**2, 9e5 / 1.5**2, 1 / 9e5, 4 * 9e5 / 1.5**2]), rtol=1e-6, atol=0.1)  # means below 1e-6 count as that
+    np.testing.assert_allclose(found.sd("counts"), 9e5**0.5, rtol=1e-6)
+
+
+def test_the_centroid_of_simulated_spots_scatters_by_the_bound():
+    # the centroid is the maximum of the likelihood for a normal spot on a dark ground
+    rng, expected = np.random.default_rng(5), np.asarray(blob(SPOT))
+    counts = rng.poisson(expected, (10000, *expected.shape))
+    centroids = (counts * np.asarray(GRID)).sum((1, 2)) / counts.sum((1, 2))
+    np.testing.assert_allclose(centroids.std(), fisher_information(blob, SPOT).sd("centre")[0], rtol=0.03)
+
+
+def test_information_does_not_depend_on_how_it_is_added_up():
+    whole = fisher_information(blob, SPOT)
+    rows = fisher_information(lambda p, row: blob(p)[row], SPOT, parts=range(len(GRID)), at_once=3)
+    np.testing.assert_allclose(rows.matrix, whole.matrix, rtol=1e-10, atol=1e-6)
+    twice = fisher_information(lambda p: 2 * blob(p), SPOT)
+    np.testing.assert_allclose(twice.matrix, (whole + whole).matrix, rtol=1e-6, atol=1e-3)
+
+
+def test_bounds_do_not_depend_on_the_parameters_that_others_are_told_by():
+    whole = fisher_information(blob, SPOT)
+    log = fisher_information(lambda p: blob(p | {"counts": jnp.exp(p["log_counts"])}), {k: v for k, v in SPOT.items() if k != "counts"} | {"log_counts": np.log(9e5)})
+    jacobian = np.eye(4)
+    jacobian[2, 2] = 9e5  # d counts / d log counts
+    np.testing.assert_allclose(whole.in_terms_of(("centre[0]", "centre[1]", "log_counts", "width"), ("",) * 4, jacobian).sd("log_counts"), log.sd("log_counts"), rtol=1e-9)
+    np.testing.assert_allclose(log.sd("width"), whole.sd("width"), rtol=1e-9)
+
+
+def test_read_noise_as_a_shifted_poisson_distribution():
+    # beside the information of a Poisson number read with normal noise, by sums and integrals
+    mean, sd = 5.0, 1.2
+    n, x = np.arange(60), np.linspace(-10, 40, 20001)
+    read = norm.pdf(x[:, None], n, sd)
+    density, slope = read @ poisson.pmf(n, mean), read @ (poisson.pmf(n, mean) * (n / mean - 1))
+    exact = np.trapezoid(slope**2 / density, x)
+    found = fisher_information(lambda p: p["mean"][None], {"mean": mean}, read_variance=sd**2).matrix[0, 0]
+    assert found == pytest.approx(1 / (mean + sd**2)) and found == pytest.approx(exact, rel=0.03) and found < exact
+
+
+def test_a_field_of_columns_is_one_model_of_many(library):
+    foci = np.arange(-60.0, 61.0, 30.0)
+    series = FocalSeries(foci, 0.4, np.full(5, 9612.0), (14, 17))
+    field = Field(np.array([[2.4, 2.6], [4.4, 2.7]]), np.array([8, 5]), np.array([1.0, -9.0]), np.full(5, 2e-3), np.ones(5), np.zeros((5, 2)))
+    model = lambda field: expected_counts(field, library, series)
+    found = fisher_information(model, field, units={"depths": "Å"})
+    held = found.known("image_shifts", "focus_offset", "focus_step", "source_variance")
+    # beside derivatives written out by hand, and differences by scipy
+    np.testing.assert_allclose(held.sd("depths"), crlb(field, library, series, ("positions", "background", "gain")), rtol=1e-5)
+    of_depths = lambda z: np.asarray(model(dataclasses.replace(field, depths=z)), float).ravel()
+    slopes = approx_derivative(of_depths, field.depths, abs_step=0.05, method="3-point").T
+    np.testing.assert_allclose(held.known("positions", "gain", "background").matrix, poisson_fisher(of_depths(field.depths), slopes), rtol=2e-3)
+    np.testing.assert_allclose(held.profiled("depths").sd(), held.sd("depths"), rtol=1e-9)
+    # all foci and all depths alike: nobody can tell, and it is said; of the depths' difference much is known
+    lost = found.profiled("depths")
+    assert np.isinf(lost.sd()).all() and lost.in_words()[-1] == "depths 0 1: nothing is known"
+    assert 0.1 < lost.in_terms_of(("difference",), ("Å",), np.array([[0.5], [-0.5]])).sd()[0] < 3
+    rest = found.known("image_shifts", "focus_step")
+    np.testing.assert_allclose(rest.with_prior({"focus_offset": 2.0}).sd("depths"), np.hypot(2.0, rest.known("focus_offset").sd("depths")), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: fisher_information(blob, SPOT, units={"centres": "Å"}), "'centres'.*Did you mean 'centre'"),
+        (lambda: fisher_information(lambda p: -blob(p), SPOT), "as low as -1.56e"),
+        (lambda: fisher_information(lambda p: blob(p) + jnp.sqrt(p["width"] - 1.5), SPOT), r"not finite, by centre\[0\] and 3 more"),
+        (lambda: fisher_information(lambda p: p["n"][None], {"n": 3}), "no floating-point number"),
+        (lambda: fisher_information(blob, SPOT).sd("depth"), "no parameter 'depth'"),
+        (lambda: fisher_information(blob, SPOT).known(), "no parameter was named"),
+        (lambda: fisher_information(blob, SPOT).with_prior({"width": 0.0}), "width is 0.0; allowed are numbers above 0"),
+        (lambda: fisher_information(blob, SPOT) + information_of(np.eye(2)), "cannot be added"),
+        (lambda: Information(np.eye(2), ("a",), ("",)), "has 1 names"),
+    ],
+)
+def test_what_cannot_be_asked(call, says):
+    with pytest.raises(InputError, match=says):
+        call()
+
+
 def test_poisson_fisher_of_an_exponential():
     # n = A exp(-t / T): information on log A is the total number of counts
     t = np.linspace(0, 5, 100)
@@ -53,25 +157,28 @@ def test_bound_halves_when_dose_is_fourfold_and_moves_as_a_column():
     column = Column("Au", 2, 4.08, 0.63)
     series = lambda dose: FocalSeries(np.arange(-100.0, 101, 20), 0.2, dose, (31, 31))
     once, fourfold = (atom_information(column, MICROSCOPE, NARROW, series(d)) for d in (9612.0, 4 * 9612.0))
-    np.testing.assert_allclose(once.atom_sd, 2 * fourfold.atom_sd, rtol=1e-6)
-    assert once.column_sd < once.atom_sd.min()
-    assert sorted(line.split(":")[0] for line in once.in_words()) in (["atom 1 against 2", "atoms 1 2"], ["atom 2 against 1", "atoms 1 2"])
+    np.testing.assert_allclose(once.sd(), 2 * fourfold.sd(), rtol=1e-6)
+    assert once.sd_together() < once.sd().min()
+    assert sorted(line.split(":")[0] for line in once.in_words()) in (["atom 1 2", "atom 1 against atom 2"], ["atom 1 2", "atom 2 against atom 1"])
 
 
 def test_bounds_are_in_double_precision_whatever_the_setting():
     arguments = (Column("Au", 2, 4.08, 0.63), MICROSCOPE, NARROW, FocalSeries(np.linspace(-60, 60, 5), 0.4, 1.0, (9, 9)))
-    double = atom_information(*arguments).fisher
+    double = atom_information(*arguments).matrix
     with jax.enable_x64(False):
-        np.testing.assert_allclose(atom_information(*arguments).fisher, double, rtol=1e-12)
+        np.testing.assert_allclose(atom_information(*arguments).matrix, double, rtol=1e-12)
 
 
 def test_an_unknown_direction_leaves_the_atoms_it_does_not_move_bounded():
     # atoms 1 and 2 enter only through their difference, atom 3 alone
     found = information_of(np.array([[1.0, -1, 0], [-1, 1, 0], [0, 0, 4]]))
-    assert np.isinf(found.atom_sd[:2]).all()
-    np.testing.assert_allclose(found.atom_sd[2], 0.5)
+    assert np.isinf(found.sd()[:2]).all()
+    np.testing.assert_allclose(found.sd()[2], 0.5)
 
 
-def test_unknown_directions_are_named():
-    nothing = AtomInformation(np.zeros((2, 2)), np.full(2, np.inf), np.inf, np.array([1.0, 0.0]), np.array([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5)
-    assert nothing.in_words() == ["atoms 1 2: sd 1 A", "atom 1 against 2: nothing is known"]
+def test_directions_are_named():
+    assert information_of(np.array([[0.5, 0.5], [0.5, 0.5]])).in_words()[-1] in ("atom 1 against atom 2: nothing is known", "atom 2 against atom 1: nothing is known")
+    mixed = Information(np.array([[4.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]), ("z[0]", "z[1]", "gain"), ("Å", "Å", ""))
+    assert mixed.in_words()[-1] in ("gain against z 0: sd 1.41 times what each has alone", "z 0 against gain: sd 1.41 times what each has alone")
+    np.testing.assert_allclose(mixed.sd(), np.diag(np.linalg.inv(mixed.matrix)) ** 0.5)
+    np.testing.assert_allclose(mixed.sd_alone("gain"), 1.0)

@@ -23,6 +23,7 @@ def test_the_python_of_readme_runs():
     exec(code, names)
     assert names["expected"].shape == (41, 20, 26)
     assert np.all(abs(names["fit"].of("depth").mean((0, 1)) - names["field"].depths) < 5 * names["bound"])
+    np.testing.assert_allclose(names["same"], names["bound"], rtol=1e-4)
     assert np.all(abs(names["peaks"].depth - names["field"].depths) < 5)
     assert {(row.n_atoms, row.estimator) for row in names["rows"]} == {(2, "middle"), (10, "middle")}
 

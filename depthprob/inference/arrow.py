@@ -66,6 +66,13 @@ def plus_diagonal(matrix: ArrowMatrix, extra: np.ndarray, corner: np.ndarray | f
     return matrix._replace(diagonal=diagonal, corner=matrix.corner + corner + np.diag(extra[len(matrix.order) :]))
 
 
+def bordered(matrix: ArrowMatrix, across: np.ndarray, corner: np.ndarray) -> ArrowMatrix:
+    """With k more rows and columns behind: `across` (size, k) in the order of the full vector, and their own block (k, k)."""
+    m = len(matrix.order)
+    corner = np.block([[matrix.corner, across[m:]], [across[m:].T, corner]])
+    return matrix._replace(border=np.hstack([matrix.border, across[matrix.order]]), corner=corner)
+
+
 class ArrowFactor:
     """Cholesky factor of a positive definite `ArrowMatrix`.
 

@@ -28,7 +28,8 @@ from ..physics.gram import DiscModes, bessel, radial_modes
 from ..physics.optics import Microscope, aberration_phase
 from ..physics.rings import ring_grams
 from ..physics.specimen import Column
-from .fisher import AtomInformation, information_of, poisson_fisher
+from .atoms import information_of
+from .fisher import Information, poisson_fisher
 
 DARKEST = 1e-9  # fraction of the beam per image below which a point holds no electrons
 ODD = ("positions", "image_shifts")  # their derivatives are odd about the column, those by depth even: they cost nothing
@@ -248,7 +249,7 @@ def atom_bounds_by_angle(
     field_of_view: float,
     parametrization: str = "lobato",
     progress: Callable = lambda items, **_: items,
-) -> list[list[AtomInformation]]:
+) -> list[list[Information]]:
     """Information on the depth of a column and of its atoms under each lens (outer list) at each convergence semi-angle, all else known.
 
     One pass serves all of them: `ring_grams` with exact derivatives, then integrals over one radius. The aperture's edge is soft, as in `ring_images`.

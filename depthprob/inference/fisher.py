@@ -1,230 +1,237 @@
-"""Fisher information of Poisson counts, and Cramér-Rao bounds on the depths of single atoms."""
+"""Fisher information that counts carry on the parameters of any model, and the Cramér-Rao bounds that follow from it."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
 
-from ..physics.column_images import at_points, column_images, plane_wave_images
-from ..physics.detector import AnnularDetector
-from ..physics.electron import wavelength
-from ..physics.focal_series import FocalSeries
-from ..physics.frozen_phonon import CHEAP_ANGLE, CHEAP_CELL, thermal_draws
-from ..physics.gram import (
-    DiscModes,
-    Modes,
-    default_cell,
-    default_reach,
-    default_sampling,
-    laguerre_gauss_modes,
-    prepare_sweep,
-    require_full_symmetry,
-    sweep_atoms,
-    symmetrised,
-)
-from ..physics.optics import Microscope
-from ..physics.specimen import Column
-from ..physics.thermal import depth_derivatives, gram_of_depths, incident_disc, prepare_channel
+from ..checks import nearest
+from ..errors import InputError
+from .problem import DARKEST
 
-KNOWN = 1e-14  # eigenvalues below this part of the largest are rounding
+KNOWN = 1e-12  # eigenvalues below this part of the largest are rounding: derivatives in single precision leave 1e-13
 
 
-class AtomInformation(NamedTuple):
-    """What a series tells of the depths of a column's atoms, all else known.
+class Information(eqx.Module):
+    """What a measurement tells of named parameters. Information of independent measurements adds: `one + other`.
+
+    Methods take names of parameters, or what stands before the bracket for all entries of an array; none stands for all.
 
     Attributes
     ----------
-    fisher : (atom, atom)
-        Fisher information [1/Å^2], top atom first.
-    atom_sd : (atom,)
-        Bound on each atom's depth, the others unknown too [Å].
-    column_sd : float
-        Bound on the depth of the column, moved as a whole [Å].
-    eigenvalues, eigenvectors : (atom,), (atom, atom)
-        Of the Fisher information, best known combination first; eigenvectors are rows.
+    matrix : (p, p)
+        Fisher information [1/(unit_i unit_j)], float64.
+    names : (p,) of str
+        Such as "depths[3]", "positions[3,0]", or "focus_offset".
+    units : (p,) of str
     """
 
-    fisher: np.ndarray
-    atom_sd: np.ndarray
-    column_sd: float
-    eigenvalues: np.ndarray
-    eigenvectors: np.ndarray
+    matrix: np.ndarray
+    names: tuple[str, ...] = eqx.field(static=True)
+    units: tuple[str, ...] = eqx.field(static=True)
+
+    def __check_init__(self):
+        if np.shape(self.matrix) != (len(self.names),) * 2 or len(self.units) != len(self.names):
+            raise InputError(f"a Fisher matrix of shape {np.shape(self.matrix)} has {len(self.names)} names and {len(self.units)} units; allowed is as many of either as rows and columns.")
+
+    def __add__(self, other: "Information") -> "Information":
+        if (self.names, self.units) != (other.names, other.units):
+            raise InputError(f"information on {', '.join(self.names)} and on {', '.join(other.names)} cannot be added; allowed are the same parameters in the same units and order.")
+        return Information(self.matrix + other.matrix, self.names, self.units)
+
+    def sd(self, *which: str) -> Float[np.ndarray, " q"]:
+        """Cramér-Rao bound on each parameter, all the others unknown too; infinite where a direction that nothing is known of moves it."""
+        values, vectors, size = self._eigen()
+        known = values > KNOWN * values[0]
+        variance = (vectors[known] ** 2 / values[known, None]).sum(0) * size**2
+        variance[(vectors[~known] ** 2).sum(0) > 1e-12] = np.inf
+        return np.sqrt(variance)[self._places(which)]
+
+    def sd_alone(self, *which: str) -> Float[np.ndarray, " q"]:
+        """The bound on each parameter, all the others known."""
+        with np.errstate(divide="ignore"):
+            return np.diag(self.matrix)[self._places(which)] ** -0.5
+
+    def sd_together(self, *which: str) -> float:
+        """The bound on a displacement that these parameters have in common, their differences and all the others known."""
+        chosen = self._places(which)
+        with np.errstate(divide="ignore"):
+            return float(np.maximum(self.matrix[np.ix_(chosen, chosen)].sum(), 0.0) ** -0.5)
+
+    def profiled(self, *which: str) -> "Information":
+        """Information on these parameters with all the others unknown: the Schur complement. Unknown directions of the others take nothing with them."""
+        chosen = self._places(which)
+        rest = np.setdiff1d(np.arange(len(self.names)), chosen)
+        own, across = self.matrix[np.ix_(chosen, chosen)], self.matrix[np.ix_(rest, chosen)]
+        size = _sizes(self.matrix[np.ix_(rest, rest)])
+        inverse = np.linalg.pinv(self.matrix[np.ix_(rest, rest)] * np.outer(size, size), KNOWN, hermitian=True)
+        across = across * size[:, None]
+        return self._of(chosen, own - across.T @ inverse @ across)
+
+    def known(self, *which: str) -> "Information":
+        """Information on the others, if these parameters are known."""
+        if not which:
+            raise InputError("no parameter was named; allowed are one or more that are known.")
+        rest = np.setdiff1d(np.arange(len(self.names)), self._places(which))
+        return self._of(rest, self.matrix[np.ix_(rest, rest)])
+
+    def with_prior(self, sd: Mapping[str, float]) -> "Information":
+        """With what is known beforehand, normal with these standard deviations (van Trees' bound where the information hardly varies over them)."""
+        precision = np.zeros(len(self.names))
+        for name, value in sd.items():
+            if not value > 0:
+                raise InputError(f"the prior's standard deviation of {name} is {value!r}; allowed are numbers above 0.")
+            precision[self._places((name,))] += float(value) ** -2
+        return Information(self.matrix + np.diag(precision), self.names, self.units)
+
+    def in_terms_of(self, names: Iterable[str], units: Iterable[str], jacobian: Float[np.ndarray, "p q"]) -> "Information":
+        """Information on other parameters, of which these are functions with this Jacobian."""
+        jacobian = np.asarray(jacobian, float)
+        return Information(jacobian.T @ self.matrix @ jacobian, tuple(names), tuple(units))
+
+    def eigenvalues(self) -> Float[np.ndarray, " p"]:
+        """Largest first; of parameters in different units, each is measured in its own `sd_alone`."""
+        return self._eigen()[0]
 
     def in_words(self) -> list[str]:
-        """One line per eigenvector: which atoms move together, which against each other, and how well that is known."""
+        """A line for each eigenvector, best known first: which parameters move together, which against each other, and how well that is known.
+
+        Of parameters in different units, each is measured in its own `sd_alone`: a combination that is worth 50 times that is hardly known where each
+        parameter is, if the others are.
+        """
+        values, vectors, _ = self._eigen()
+        same = len(set(self.units)) == 1
         lines = []
-        for value, vector in zip(self.eigenvalues, self.eigenvectors, strict=True):
+        for value, vector in zip(values, vectors, strict=True):
             vector = vector * np.sign(vector[np.argmax(abs(vector))])
             strong = np.flatnonzero(abs(vector) >= 0.4 * abs(vector).max())
-            up = [str(i + 1) for i in strong if vector[i] > 0]
-            down = [str(i + 1) for i in strong if vector[i] < 0]
-            who = f"atoms {' '.join(up)}" if len(up) > 1 else f"atom {up[0]}"
-            if down:
-                who += f" against {' '.join(down)}"
-            lines.append(f"{who}: sd {value**-0.5:.3g} A" if value > KNOWN * self.eigenvalues[0] else f"{who}: nothing is known")
+            with_it, against = ([self.names[i] for i in strong if vector[i] * sign > 0] for sign in (1, -1))
+            who = _listed(with_it) + (f" against {_listed(against)}" if against else "")
+            size = f"sd {abs(value) ** -0.5:.3g} {self.units[0] if same else 'times what each has alone'}" if value > KNOWN * values[0] else "nothing is known"
+            lines.append(f"{who}: {size}")
         return lines
 
+    def _eigen(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Eigenvalues, largest first, eigenvectors as rows, and the size that each parameter is measured in."""
+        size = np.ones(len(self.names)) if len(set(self.units)) == 1 else _sizes(self.matrix)
+        values, vectors = np.linalg.eigh(self.matrix * np.outer(size, size))
+        return values[::-1], vectors[:, ::-1].T, size
 
-def poisson_fisher(expected: Float[np.ndarray, "..."], derivatives: Float[np.ndarray, "p ..."]) -> Float[np.ndarray, "p p"]:
+    def _places(self, which: tuple[str, ...]) -> np.ndarray:
+        found = [i for name in which for i, full in enumerate(self.names) if name in (full, full.partition("[")[0])]
+        for name in which:
+            if not any(name in (full, full.partition("[")[0]) for full in self.names):
+                raise InputError(f"there is no parameter {name!r}. {nearest(name, dict.fromkeys(full.partition('[')[0] for full in self.names))}")
+        return np.unique(found) if which else np.arange(len(self.names))
+
+    def _of(self, chosen: np.ndarray, matrix: np.ndarray) -> "Information":
+        return Information(matrix, tuple(self.names[i] for i in chosen), tuple(self.units[i] for i in chosen))
+
+
+def _sizes(matrix: np.ndarray) -> np.ndarray:
+    """Standard deviation of each parameter alone, one where nothing is known of it."""
+    own = np.diag(matrix)
+    return np.where(own > 0, own, 1.0) ** -0.5
+
+
+def _listed(names: list[str]) -> str:
+    """Names with a comma between, those of one array as "depths 0 3"."""
+    arrays = {}
+    for name in names:
+        before, _, index = name.partition("[")
+        arrays.setdefault(before, []).append(index.rstrip("]"))
+    return ", ".join(" ".join([name, *indices]).rstrip() for name, indices in arrays.items())
+
+
+def poisson_fisher(expected: Float[np.ndarray, "..."], derivatives: Float[np.ndarray, "p ..."], read_variance: float = 0.0) -> Float[np.ndarray, "p p"]:
     """Fisher matrix sum (dn_a)(dn_b) / n of independent Poisson counts, float64; eq. 8 of Alania et al. (2017).
 
-    A pixel with n = 0 tells nothing to first order (its derivative vanishes too, since counts cannot be negative) and is left out.
+    Read noise of variance v [e^2] enters as the shifted Poisson distribution does, n + v in place of n. A mean below `DARKEST` is taken for that: where counts
+    cannot be negative, the derivative vanishes with the mean, and a pixel without any tells nothing to first order.
     """
     n = np.asarray(expected, float).ravel()
-    d = np.asarray(derivatives, float).reshape(len(derivatives), -1)
-    seen = n > 0
-    rows = d[:, seen] / np.sqrt(n[seen])
+    rows = np.asarray(derivatives, float).reshape(len(derivatives), -1) / np.sqrt(np.maximum(n, DARKEST) + read_variance)
     return rows @ rows.T
 
 
-def atom_information(
-    column: Column,
-    microscope: Microscope,
-    detector: AnnularDetector,
-    series: FocalSeries,
-    parametrization: str = "lobato",
+def fisher_information(
+    expected_counts: Callable[..., Float[Array, "..."]],
+    parameters: PyTree,
+    parts: Iterable[Any] | None = None,
+    units: Mapping[str, str] | None = None,
+    read_variance: float = 0.0,
+    at_once: int = 64,
     progress: Callable = lambda items, **_: items,
-) -> AtomInformation:
-    """Fisher information of a series on the depth of each atom of an isolated column, centred in the image with its depth zero.
+) -> Information:
+    """Fisher information of Poisson counts on every float of `parameters`, from exact derivatives of any model.
 
-    From `atom_counts`, so without Monte-Carlo noise, and with exact derivatives; sums in float64. Lateral positions need not be free: the
-    images' derivatives by them are odd, those by depths even, so they share no information. Read noise is not included.
-    """
-    counts = atom_counts(column, microscope, detector, series, parametrization=parametrization, progress=progress)
-    return information_of(poisson_fisher(counts[0], counts[1:]))
-
-
-def atom_counts(
-    column: Column,
-    microscope: Microscope,
-    detector: AnnularDetector,
-    series: FocalSeries,
-    depths: np.ndarray | None = None,
-    derivatives: bool = True,
-    parametrization: str = "lobato",
-    progress: Callable = lambda items, **_: items,
-) -> Float[np.ndarray, "entry focus y x"]:
-    """Expected counts of an isolated column's series, then their derivatives by the depth of each atom [1/Å], top atom first.
-
-    Thermal motion averaged in closed form (`physics.thermal`), float64 and complex128.
+    For means n_k > 0 the score is sum_k (N_k / n_k - 1) dn_k, with Var N_k = n_k, so F_ij = sum_k (dn_k/dtheta_i)(dn_k/dtheta_j) / n_k (`poisson_fisher`).
+    Derivatives are taken forwards, `at_once` of them together, in the precision of the model (`jax_enable_x64` for double); sums are float64. The derivatives
+    of one part are held at a time, 8 bytes for each pixel and parameter. Fields of thousands of columns have `crlb`, which knows which of them overlap.
 
     Parameters
     ----------
-    depths : (atom,), optional
-        z of each atom [Å]; by default equally spaced about zero. Without derivatives also (entry, atom).
-    derivatives : bool
-        False for the counts alone, an entry for each row of depths.
-    """
-    energy = float(microscope.energy)
-    aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(energy))
-    modes = incident_disc(column, energy, aperture)
-    channel = prepare_channel(column, energy, aperture, detector, parametrization)
-    depths = np.asarray(depths if depths is not None else (np.arange(column.n_atoms) - (column.n_atoms - 1) / 2) * float(column.spacing))
-    grams = depth_derivatives(depths, channel, modes, progress) if derivatives else np.stack([gram_of_depths(row, channel, modes) for row in np.atleast_2d(depths)])
-    with jax.enable_x64(True):
-        return _counts(grams, modes, column, microscope, series)
-
-
-def _counts(grams: np.ndarray, modes: Modes | DiscModes, column: Column, microscope: Microscope, series: FocalSeries) -> Float[np.ndarray, "entry focus y x"]:
-    """Expected counts of the series, and of their derivatives, from Gram blocks or whole matrices; the column in the image's middle."""
-    ny, nx = series.shape
-    aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(microscope.energy))
-    widest = float(abs(np.asarray(series.defocus)).max()) + column.spacing * column.n_atoms / 2
-    cell = max(2 * (1e-3 * float(microscope.convergence_angle) * widest + 7.0), 1.5 * max(ny, nx) * series.pixel_size)
-    size = int(np.ceil(4.1 * aperture * cell / 2)) * 2
-    draw = plane_wave_images if grams.ndim == 3 else column_images
-    fine = draw(grams, modes, microscope, np.asarray(series.defocus), cell, size)
-    at_y, at_x = ((np.arange(n) - (n - 1) / 2) * series.pixel_size for n in (ny, nx))
-    flat = at_points(fine.reshape(-1, size, size), cell / size, at_x, at_y)
-    dose = np.broadcast_to(np.asarray(series.dose, float), np.shape(series.defocus))
-    return flat.reshape(len(grams), -1, ny, nx) * (dose * series.pixel_size**2)[:, None, None]
-
-
-class PhononInformation(NamedTuple):
-    """Fisher information on atom depths from so many frozen-phonon configurations.
-
-    Attributes
-    ----------
-    configurations : int
-        In each group.
-    raw, symmetrised : (group, atom, atom)
-        From the mean of each group's configurations, as it is and averaged over turns and mirrors [1/Å^2].
-    crossed : (pair, atom, atom)
-        From symmetrised groups by pairs, one derivative of each product from either group: without the Monte-Carlo bias, but not
-        necessarily positive definite.
-    """
-
-    configurations: int
-    raw: np.ndarray
-    symmetrised: np.ndarray
-    crossed: np.ndarray
-
-
-def phonon_information(
-    column: Column,
-    microscope: Microscope,
-    detector: AnnularDetector,
-    series: FocalSeries,
-    configurations: tuple[int, ...] = (1, 4, 16),
-    groups: int = 4,
-    seed: int = 0,
-    parametrization: str = "lobato",
-    progress: Callable = lambda items, **_: items,
-) -> list[PhononInformation]:
-    """Fisher information on atom depths against the number of frozen-phonon configurations, in independent groups.
-
-    Noise in a derivative counts as information: lateral displacements make atoms of one configuration distinguishable that are not. The
-    waves travel on the coarse grid of the library's cheap sweep, in complex64; sums of the Fisher matrices are float64.
+    expected_counts : function
+        From parameters to expected counts [e] of any shape; with `parts`, from parameters and one of them. Traced by JAX.
+    parameters : pytree
+        Named by what leads to each leaf: {"depths": ...} or a `Field` give "depths[0]", nested ones "lens.c3". Whole numbers in it are held.
+    parts : iterable, optional
+        Of numbers or arrays, one shape for all: the images of a series, say. Their information adds.
+    units : mapping from name to unit, optional
+        Of whole arrays, "depths" rather than "depths[0]".
+    read_variance : float
+        Of the detector [e^2].
 
     Raises
     ------
     InputError
-        For a tilted column, or a detector that is not round.
+        Where expected counts are negative or not finite, for units of unknown parameters and parameters without a float.
     """
-    require_full_symmetry(column, detector, "the information from symmetrised configurations")
-    lam = float(wavelength(microscope.energy))
-    angle, outer = float(microscope.convergence_angle), detector.outermost
-    aperture, reach = angle * 1e-3 / lam, default_reach(column, angle)
-    modes = laguerre_gauss_modes(reach, aperture)
-    sampling = max(default_sampling(microscope.energy, outer, angle), lam / (3 * CHEAP_ANGLE * outer * 1e-3))
-    cell = CHEAP_CELL * default_cell(column, microscope.energy, aperture, reach)
-    sweep = prepare_sweep(column, microscope.energy, aperture, detector, reach, parametrization, sampling, cell)
-    draws = [thermal_draws(column.n_atoms, column.debye_waller_b, max(configurations), seed * 1000 + g) for g in range(groups)]
-    sums = np.zeros((groups, column.n_atoms + 1, len(modes.l), len(modes.l)), np.complex128)
-    found = []
-    order = [(c, g) for c in range(max(configurations)) for g in range(groups)]
-    for c, g in progress(order, desc="frozen phonons", unit="configuration"):
-        sums[g] += sweep_atoms(jnp.asarray(draws[g][c], jnp.float32), sweep)
-        if g + 1 == groups and c + 1 in configurations:
-            means = (sums / (c + 1)).astype(np.complex64)
-            raw = [_counts(m, modes, column, microscope, series) for m in means]
-            even = [_counts(symmetrised(m, modes), modes, column, microscope, series) for m in means]
-            rate = np.mean([e[0] for e in even], 0)
-            crossed = [_crossed(rate, even[a][1:], even[b][1:]) for a in range(groups) for b in range(a)]
-            found.append(PhononInformation(c + 1, *(np.stack([poisson_fisher(n[0], n[1:]) for n in side]) for side in (raw, even)), np.stack(crossed)))
-    return found
+    free, held = eqx.partition(parameters, eqx.is_inexact_array_like)
+    free = jax.tree.map(jnp.asarray, free)
+    flat, unravel = ravel_pytree(free)
+    names, of_array = _names(free)
+    units = dict(units or {})
+    for name in units:
+        if name not in of_array:
+            raise InputError(f"units are given for {name!r}, which is no parameter. {nearest(name, dict.fromkeys(of_array))}")
+    if not names:
+        raise InputError("the parameters hold no floating-point number, so nothing can be differentiated; allowed is any pytree with some.")
+
+    @eqx.filter_jit
+    def counts_and_slopes(flat, directions, part):
+        counts = lambda theta: jnp.ravel(expected_counts(eqx.combine(unravel(theta), held), *part))
+        return jax.vmap(lambda t: jax.jvp(counts, (flat,), (t,)), out_axes=(None, 0))(jax.nn.one_hot(directions, len(flat), dtype=flat.dtype))
+
+    batches = np.arange(int(np.ceil(len(names) / at_once)) * at_once).reshape(-1, at_once) if len(names) > at_once else np.arange(len(names))[None]
+    matrix = np.zeros((len(names),) * 2)
+    for part in progress([()] if parts is None else [(jax.tree.map(jnp.asarray, p),) for p in parts], desc="Fisher information", unit="part"):
+        found = [counts_and_slopes(flat, directions, part) for directions in batches]
+        expected, slopes = np.asarray(found[0][0], float), np.concatenate([np.asarray(s, float) for _, s in found])[: len(names)]
+        _check(expected, slopes, names)
+        matrix += poisson_fisher(expected, slopes, read_variance)
+    return Information(matrix, names, tuple(units.get(name, "") for name in of_array))
 
 
-def _crossed(expected: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Symmetric part of sum (dn_a of one)(dn_b of the other) / n."""
-    seen = expected.ravel() > 0
-    one, other = (np.asarray(d, float).reshape(len(d), -1)[:, seen] / np.sqrt(expected.ravel()[seen]) for d in (first, second))
-    product = one @ other.T
-    return (product + product.T) / 2
+def _names(tree: PyTree) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of every number in a pytree, in the order of `ravel_pytree`: its name, and its array's."""
+    names, arrays = [], []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = jax.tree_util.keystr(path, simple=True, separator=".") or "parameter"
+        names += [array + (f"[{','.join(map(str, index))}]" if index else "") for index in np.ndindex(leaf.shape)]
+        arrays += [array] * leaf.size
+    return tuple(names), tuple(arrays)
 
 
-def information_of(fisher: np.ndarray) -> AtomInformation:
-    """Bounds and eigenvectors of a Fisher matrix over atom depths; infinite for atoms that an uninformed direction moves."""
-    values, vectors = np.linalg.eigh(fisher)
-    values, vectors = values[::-1], vectors[:, ::-1].T
-    known = values > KNOWN * values[0]
-    variance = np.full(len(fisher), np.inf)
-    if known.all():
-        variance = (vectors**2 / values[:, None]).sum(0)
-    else:
-        untouched = (vectors[~known] ** 2).sum(0) < 1e-12
-        variance[untouched] = (vectors[known] ** 2 / values[known, None]).sum(0)[untouched]
-    return AtomInformation(fisher, np.sqrt(variance), float(fisher.sum() ** -0.5), values, vectors)
+def _check(expected: np.ndarray, slopes: np.ndarray, names: tuple[str, ...]) -> None:
+    if not np.isfinite(expected).all() or expected.min() < -1e-3 * abs(expected).max():
+        wrong = "not finite" if not np.isfinite(expected).all() else f"as low as {expected.min():.3g}"
+        raise InputError(f"expected counts are {wrong}; allowed are numbers from 0 on. Look at what the model gives for these parameters.")
+    bad = np.flatnonzero(~np.isfinite(slopes).all(1))
+    if len(bad):
+        raise InputError(f"derivatives of the expected counts are not finite, by {names[bad[0]]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''}; allowed are finite ones. A root or logarithm of zero, or a distance of zero, often is the cause.")

@@ -334,13 +334,20 @@ def _diagonal(matrix: ArrowMatrix) -> np.ndarray:
 
 def factor_of(matrix: ArrowMatrix, problem: Problem) -> ArrowFactor:
     """Factor of the Fisher information over the free parameters, with no prior but the gauge and a part in 10^10 for directions that no image informs."""
-    return ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix), gauge(problem)))
+    held = gauge(problem)
+    further = len(matrix.corner) - len(held)
+    return ArrowFactor(plus_diagonal(matrix, 1e-10 * _diagonal(matrix), np.pad(held, (0, further))))
 
 
 def column_bounds(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
     """Cramér-Rao bound on the depth of each column (C,) [Å] at an estimate, no prior but the gauge, as `likelihood.column_bounds`."""
-    factor = factor_of(estimate.information, problem)
-    return _depth_sd(factor, factor.variances(), len(problem.n_atoms), relative) / float(problem.dispersion) ** 0.5
+    return depth_bounds(estimate.information, problem, relative) / float(problem.dispersion) ** 0.5
+
+
+def depth_bounds(matrix: ArrowMatrix, problem: Problem, relative: bool = False) -> np.ndarray:
+    """The same from a Fisher matrix over the free parameters, and whatever follows them, as `likelihood.depth_bounds`."""
+    factor = factor_of(matrix, problem)
+    return _depth_sd(factor, factor.variances(), len(problem.n_atoms), relative)
 
 
 def depth_sd(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:

@@ -23,11 +23,8 @@ from ..storage import HDF5_OVERHEAD, atomic_write
 from . import density, local
 from .arrow import ArrowFactor
 from .likelihood import Estimate, image_log_likelihoods, maximum
-from .problem import AFFINE, GLOBAL, PER_COLUMN, SMOOTH, Problem, field_of, from_vector, to_vector
+from .problem import AFFINE, GLOBAL, LARGE, PER_COLUMN, SMOOTH, Problem, field_of, from_vector, to_vector
 from .sampling import WARMUP, Whitened, best_normal, nuts
-
-LARGE = 200  # columns beyond which fields are fitted window by window,
-WIDE = 4e5  # and columns times pixels of an image that a window leaves out: every column is drawn in all of them otherwise, which compiles sooner
 
 
 class Posterior(NamedTuple):

@@ -21,6 +21,8 @@ GLOBAL = ("focus_offset", "focus_step", "source_variance")
 PARAMETERS = PER_COLUMN + PER_IMAGE + GLOBAL
 DARKEST = 1e-6  # e/pixel; a mean below it is not told from it by any series, and keeps logarithms finite
 PRIOR_SD = dict.fromkeys(SMOOTH, 0.5) | dict.fromkeys(AFFINE, 0.02) | {"depth": 100.0, "x": 0.5, "y": 0.5, "log_gain": 0.1, "shift_x": 1.0, "shift_y": 1.0, "focus_offset": 20.0, "focus_step": 0.05, "source_variance": 0.05}
+LARGE = 200  # columns beyond which fields are fitted window by window,
+WIDE = 4e5  # and columns times pixels of an image that a window leaves out: every column is drawn in all of them otherwise, which compiles sooner
 BACKGROUND_SHAPE = 4.0
 MEAN_SD = {"shift_x": 1e-3, "shift_y": 1e-3} | dict.fromkeys(AFFINE, 1e-4)  # of means over the images, Å and 1; fixes the gauge
 

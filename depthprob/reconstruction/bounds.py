@@ -7,8 +7,8 @@ import numpy as np
 
 from ..config import Config
 from ..errors import InputError
+from ..inference.atoms import atom_information
 from ..inference.crlb import crlb
-from ..inference.fisher import atom_information
 from ..physics.focal_series import Field, FocalSeries, counts_by_focal_variance, expected_counts
 from ..physics.gram import ColumnGram, has_full_symmetry
 from .joint import PRIOR_OF
@@ -97,14 +97,14 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
         )
     elif config.crlb.atoms:
         atoms = atom_information(column, microscope, detector, series, config.simulation.parametrization, progress)
-        finite = [float(sd) if np.isfinite(sd) else None for sd in atoms.atom_sd]
+        finite = [float(sd) if np.isfinite(sd) else None for sd in atoms.sd()]
         result |= {
             "atom_depth_sd_A": finite,
             "atom_depth_sd_standard_error_A": [0.0] * n,
             "atom_model": ATOM_MODEL,
-            "column_depth_sd_of_atom_model_A": atoms.column_sd,
+            "column_depth_sd_of_atom_model_A": atoms.sd_together(),
             "atom_combinations": atoms.in_words(),
-            "atom_fisher_information_per_A2": atoms.fisher.tolist(),
+            "atom_fisher_information_per_A2": atoms.matrix.tolist(),
         }
         if max(sd or np.inf for sd in finite) > column.spacing * n:
             result["warning"] = (

@@ -20,8 +20,8 @@ from ..inference.drawing import windows_about
 from ..inference.gaussian_peak import PeakFit
 from ..inference.goodness import explained, over_dispersed
 from ..inference.likelihood import Amplitudes, Estimate
-from ..inference.posterior import LARGE, WIDE, Posterior
-from ..inference.problem import AFFINE, DARKEST, PER_COLUMN, Problem, field_of, make_problem
+from ..inference.posterior import Posterior
+from ..inference.problem import AFFINE, DARKEST, LARGE, PER_COLUMN, WIDE, Problem, field_of, make_problem
 from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
 from .columns import peak_offsets

@@ -19,7 +19,8 @@ import numpy as np
 jax.config.update("jax_enable_x64", True)
 
 import depthprob as dp  # noqa: E402
-from depthprob.inference.fisher import _counts, information_of, poisson_fisher  # noqa: E402
+from depthprob.inference.atoms import _counts, information_of  # noqa: E402
+from depthprob.inference.fisher import poisson_fisher  # noqa: E402
 from depthprob.physics import thermal  # noqa: E402
 from depthprob.physics.electron import wavelength  # noqa: E402
 from depthprob.physics.frozen_phonon import thermal_draws  # noqa: E402
@@ -118,7 +119,7 @@ def main() -> None:
     if len(options.atoms) == N:
         print("\nbound on each atom, the others unknown too (nm)")
         for name, derivatives in zip(("exact", "±10 pm, double", "±10 pm, single"), zip(*by_ten, strict=True), strict=True):
-            print(f"{name:16s}" + " ".join(f"{sd / 10:7.2f}" for sd in information_of(poisson_fisher(expected, np.array(derivatives))).atom_sd))
+            print(f"{name:16s}" + " ".join(f"{sd / 10:7.2f}" for sd in information_of(poisson_fisher(expected, np.array(derivatives))).sd()))
     if options.phonons:
         phonons(of_column, expected)
 
