@@ -18,7 +18,7 @@ from depthprob.physics.library import load_gram
 from depthprob.physics.optics import Microscope
 from depthprob.physics.particle import images_from_gram, particle_gram
 from depthprob.physics.specimen import Column
-from depthprob.physics.thermal import absorptive_gram, depth_derivatives, gram_of_depths, incident_disc, prepare_channel, principal_modes, thermal_gram
+from depthprob.physics.thermal import _contraction, absorptive_gram, depth_derivatives, gram_of_depths, incident_disc, prepare_channel, principal_modes, thermal_gram
 
 ENERGY, ANGLE = 200e3, 20.0
 DETECTOR = AnnularDetector(40.0, 90.0)
@@ -114,6 +114,27 @@ def test_frozen_phonons_scatter_about_the_closed_form():
         assert (abs(images.mean(0) - exact) < 4 * error + 1e-3 * images.max()).all(), n
 
 
+def test_the_rim_of_the_disc_scatters_nothing(channel):
+    # incident waves from far off once met a sharp end of what absorbs them: 1e-4 of the peak, and bounds on single atoms six times too low
+    disc, microscope = incident_disc(COLUMN, ENERGY, APERTURE), Microscope(ENERGY, ANGLE, source_fwhm=0.7)
+    at = lambda channel: column_images(gram_of_depths(np.array([-1.0, 1.55]), channel, disc)[None], disc, microscope, np.array([-60.0, 0.0, 60.0]), 14.0, 120)
+    usual, far = at(channel), at(prepare_channel(COLUMN, ENERGY, APERTURE, DETECTOR, margin=3.0, edge_turns=10.0))
+    np.testing.assert_allclose(usual, far, atol=1e-5 * far.max())
+
+
+def test_what_nodes_see_twice_lies_outside():
+    axes = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))[0]
+    values = np.array([0.0, 0.4, 1.0, 1.3])
+    np.testing.assert_allclose(np.linalg.eigvalsh(_contraction(((axes * values) @ axes.T)[None]))[0], [0.0, 0.4, 0.7, 1.0], atol=1e-12)
+
+
+@pytest.mark.slow
+def test_nodes_do_for_columns_of_any_length(packaged):
+    finer = thermal_gram(Column("Au", 45, 4.08, 0.63), 300e3, 21.0, AnnularDetector(48.0, 180.0), oversampling=1.5)
+    for n, error in ((12, 2e-6), (30, 2e-4), (45, 1e-3)):
+        np.testing.assert_allclose(profiles(packaged, n), profiles(finer, n), atol=error * profiles(finer, n).max())
+
+
 def test_the_packaged_library_is_what_its_command_makes(packaged):
     made = thermal_gram(Column("Au", 2, 4.08, 0.63), 300e3, 21.0, AnnularDetector(48.0, 180.0))
     assert packaged.n_max == 45
@@ -127,7 +148,7 @@ def test_the_first_columns_of_a_library_keep_their_images(packaged):
 
 @pytest.mark.slow
 def test_accuracy_settings_do_not_matter():
-    # light atoms and a detector that begins near the aperture are the hardest: 0.1 % of the peak
+    # light atoms are the hardest: diffuse scattering of copper from beyond 1.2 Å is 2e-4 of the peak, all else less
     column, disc = Column("Cu", 2, 2.55, 0.55), incident_disc(COLUMN, ENERGY, APERTURE)
     microscope = Microscope(ENERGY, ANGLE, source_fwhm=0.7)
 
@@ -136,8 +157,8 @@ def test_accuracy_settings_do_not_matter():
         return column_images(gram[None], disc, microscope, np.array([-60.0, 0.0, 60.0]), 14.0, 120)
 
     usual = images()
-    for finer in (dict(oversampling=1.5), dict(thermal_nodes=20), dict(margin=3.0), dict(edge_turns=9.0), dict(core=1.2)):
-        np.testing.assert_allclose(images(**finer), usual, atol=1e-3 * usual.max())
+    for finer in (dict(oversampling=1.5), dict(thermal_nodes=20), dict(margin=3.0), dict(edge_turns=9.0), dict(core=1.8)):
+        np.testing.assert_allclose(images(**finer), usual, atol=3e-4 * usual.max())
 
 
 def test_principal_modes_keep_the_form():

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Complex, Float
 from scipy.fft import dct
 from scipy.interpolate import CubicSpline
-from scipy.special import j0
+from scipy.special import j0, ndtr
 
 from .detector import AnnularDetector
 from .electron import interaction_parameter, wavelength
@@ -33,8 +33,8 @@ FAINTEST = 1e-8  # of the strongest incident wave's signal, below which waves ar
 CORE = 1.2  # Å; the diffuse scattering of gold from further out is 3e-5 of an image's peak
 POTENTIAL = 4.0  # Å; an atom is neglected beyond
 REACH = 1.0  # Å beyond `default_reach` at which incident waves matter: the potential's tail
-MARGIN = 1.6  # times the probe's width, 1 / aperture, from the outermost incident ray to the absorbing edge of the disc
-EDGE = 6.0  # width of that edge times the frequency between aperture and detector: a sharper one scatters incident waves into the detector
+MARGIN = 1.2  # times the probe's width, 1 / aperture, from the outermost incident ray to the absorbing edge of the disc
+EDGE = 5.0  # width of that edge times the frequency between aperture and detector: a sharper one scatters incident waves into the detector
 
 
 class AtomChannel(NamedTuple):
@@ -113,7 +113,7 @@ def prepare_channel(
 
     orders = max(incident_disc(column, energy, aperture).order, highest_order(k_max, core))
     atom = vibrating_atom(column, energy, k, weight, orders, parametrization, oversampling, thermal_nodes, core)
-    far, outwards = _to_radii(k, weight, np.array([edge, disc, disc * 1.3]), orders, oversampling)
+    within, to_disc = _to_radii(k, weight, np.array([0.0, edge, disc]), orders, oversampling)
     channel = AtomChannel(
         k=k,
         weight=weight,
@@ -125,8 +125,7 @@ def prepare_channel(
         cosine=atom.cosine,
         rate=-np.pi * lam * k**2,
     )
-    absorbed = np.where(far < disc, np.sin(np.pi / 2 * np.clip((far - edge) / (disc - edge), 0, 1)) ** 2, 1.0)
-    kept = np.eye(len(k)) - (outwards.swapaxes(1, 2) * absorbed) @ outwards
+    kept = _contraction((to_disc.swapaxes(1, 2) * ndtr(8 * (0.5 - (within - edge) / (disc - edge)))) @ to_disc)
     lift = atom.hankel.swapaxes(1, 2)
     through = np.eye(len(k)) + (lift * atom.mean.real) @ atom.hankel + 1j * ((lift * atom.mean.imag) @ atom.hankel)
     bare, seen = np.diag(channel.detected), channel.detected > 0
@@ -134,6 +133,16 @@ def prepare_channel(
     gained = recorded.conj().swapaxes(1, 2) @ (channel.detected[seen, None] * recorded) - bare + _diffuse(np.broadcast_to(bare, through.shape), channel)
     inside = real_times(kept, real_times(kept, gained).conj().swapaxes(1, 2))  # forms are Hermitian, and both operators symmetric
     return channel._replace(transmitted=real_times(kept, through).swapaxes(1, 2), gained=inside)
+
+
+def _contraction(operators: Float[np.ndarray, "l k k"]) -> Float[np.ndarray, "l k k"]:
+    """Symmetric operators whose eigenvalues v above one are made 2 - v.
+
+    Nodes too few for the rim of the disc see there what lies beyond it as well, and that more than once: with v, up to 1.8, forty atoms on top of each
+    other would amplify it. Taken for one, a column of 45 atoms still came out wrong by 0.5 % of its peak, and by 0.1 Å.
+    """
+    values, vectors = np.linalg.eigh(operators)
+    return (vectors * np.minimum(values, np.maximum(2 - values, 0.0))[:, None]) @ vectors.swapaxes(1, 2)
 
 
 class VibratingAtom(NamedTuple):
