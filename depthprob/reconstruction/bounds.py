@@ -17,7 +17,7 @@ from .pipeline import GAUGE
 
 ATOM_MODEL = (
     "independent thermal displacements, averaged in closed form: no Monte-Carlo error, hence a standard error of zero, and exact derivatives; "
-    "zero is no accuracy: how far finer grids move bounds beyond the column's length is not measured"
+    "zero is no accuracy: wider and finer grids change those of six and ten gold atoms by up to 2 %"
 )
 
 B_STEP = 0.05  # Å^2; of the difference that stands for the derivative by B
