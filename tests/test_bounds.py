@@ -76,6 +76,12 @@ def test_an_unknown_given_by_its_derivative_costs_what_the_parameter_costs(libra
     assert expected > crlb(field, library, SERIES, ("background",), 0.5) * 1.001
 
 
+@pytest.mark.parametrize("n", [0, 13])
+def test_columns_that_the_library_does_not_know(library, n):
+    with pytest.raises(InputError, match=f"have {n} to {n} atoms; allowed are 1 to 12"):
+        crlb(column_of(n), library, SERIES)
+
+
 def test_bounds_of_many_columns_are_those_of_few(library, monkeypatch):
     # a field taken for a large one: only columns that overlap share rows
     where = 3.0 + 2.04 * np.stack(np.meshgrid(np.arange(4), np.arange(3)), -1).reshape(-1, 2)

@@ -18,7 +18,16 @@ from depthprob.physics.library import load_gram
 from depthprob.physics.optics import Microscope
 from depthprob.physics.particle import images_from_gram, particle_gram
 from depthprob.physics.specimen import Column
-from depthprob.physics.thermal import _contraction, absorptive_gram, depth_derivatives, gram_of_depths, incident_disc, prepare_channel, principal_modes, thermal_gram
+from depthprob.physics.thermal import (
+    _contraction,
+    absorptive_gram,
+    depth_derivatives,
+    gram_of_depths,
+    incident_disc,
+    prepare_channel,
+    principal_modes,
+    thermal_gram,
+)
 
 ENERGY, ANGLE = 200e3, 20.0
 DETECTOR = AnnularDetector(40.0, 90.0)

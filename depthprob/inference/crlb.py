@@ -36,6 +36,9 @@ def crlb(
         Derivatives of the expected counts by further unknowns, as `counts_by_focal_variance`, or differences of libraries.
     """
     prior_sd, beside = prior_sd or {}, beside or {}
+    fewest, most = int(np.min(field.n_atoms)), int(np.max(field.n_atoms))
+    if fewest < 1 or most > library.n_max:
+        raise InputError(f"the field's columns have {fewest} to {most} atoms; allowed are 1 to {library.n_max}, as many as the library knows. Look at n_atoms, or build a longer library.")
     relative = "focus_offset" in nuisances and "focus_offset" not in prior_sd
     if relative and len(field.n_atoms) == 1:
         raise InputError("an isolated column's depth and a free focus offset cannot be told apart; leave 'focus_offset' out of the nuisances, or give it a prior_sd.")
