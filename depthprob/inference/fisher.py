@@ -203,7 +203,7 @@ def fisher_information(
     if not names:
         raise InputError("the parameters hold no floating-point number, so nothing can be differentiated; allowed is any pytree with some.")
 
-    @eqx.filter_jit
+    @jax.jit  # equinox's leaves functions behind that fail in single precision after double
     def counts_and_slopes(flat, directions, part):
         counts = lambda theta: jnp.ravel(expected_counts(eqx.combine(unravel(theta), held), *part))
         return jax.vmap(lambda t: jax.jvp(counts, (flat,), (t,)), out_axes=(None, 0))(jax.nn.one_hot(directions, len(flat), dtype=flat.dtype))
