@@ -34,6 +34,11 @@ def crlb(
         values: van Trees' bound for normal priors over which that information hardly varies.
     beside : name -> (F, ny, nx), optional
         Derivatives of the expected counts by further unknowns, as `counts_by_focal_variance`, or differences of libraries.
+
+    Raises
+    ------
+    InputError
+        For atom numbers that the library does not know, and the depth of one column with a free focus offset of which nothing is known.
     """
     prior_sd, beside = prior_sd or {}, beside or {}
     fewest, most = int(np.min(field.n_atoms)), int(np.max(field.n_atoms))

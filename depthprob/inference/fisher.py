@@ -190,7 +190,7 @@ def fisher_information(
     Raises
     ------
     InputError
-        Where expected counts are negative or not finite, for units of unknown parameters and parameters without a float.
+        Where expected counts are negative, or they or a derivative not finite; without parts or floats, for units of unknown parameters, and a negative variance.
     """
     free, held = eqx.partition(parameters, eqx.is_inexact_array_like)
     free = jax.tree.map(jnp.asarray, free)
@@ -200,6 +200,8 @@ def fisher_information(
     for name in units:
         if name not in of_array:
             raise InputError(f"units are given for {name!r}, which is no parameter. {nearest(name, dict.fromkeys(of_array))}")
+    if not (read_variance >= 0 and at_once >= 1):
+        raise InputError(f"read_variance is {read_variance!r} and at_once {at_once!r}; allowed are a variance from 0 on and a number of derivatives from 1 on.")
     if not names:
         raise InputError("the parameters hold no floating-point number, so nothing can be differentiated; allowed is any pytree with some.")
 
@@ -210,11 +212,14 @@ def fisher_information(
 
     batches = np.arange(int(np.ceil(len(names) / at_once)) * at_once).reshape(-1, at_once) if len(names) > at_once else np.arange(len(names))[None]
     matrix = np.zeros((len(names),) * 2)
-    for part in progress([()] if parts is None else [(jax.tree.map(jnp.asarray, p),) for p in parts], desc="Fisher information", unit="part"):
-        found = [counts_and_slopes(flat, directions, part) for directions in batches]
+    seen = 0
+    for seen, part in enumerate(progress([()] if parts is None else parts, desc="Fisher information", unit="part"), 1):
+        found = [counts_and_slopes(flat, directions, () if parts is None else (jax.tree.map(jnp.asarray, part),)) for directions in batches]
         expected, slopes = np.asarray(found[0][0], float), np.concatenate([np.asarray(s, float) for _, s in found])[: len(names)]
         _check(expected, slopes, names)
         matrix += poisson_fisher(expected, slopes, read_variance)
+    if not seen:
+        raise InputError("there are no parts; allowed is one or more, or None for a model in one piece. An iterator that was used up is the likely cause.")
     return Information(matrix, names, tuple(units.get(name, "") for name in of_array))
 
 
