@@ -148,7 +148,7 @@ ax.plot(np.arange(1, n_atoms + 1), exact.sd() / 10, "k-", label="closed form")
 if not SMALL:
     ax.plot(np.arange(1, n_atoms + 1), paper, "kx", label="paper's Table 2")
 ax.set(yscale="log", xlabel="atom, top first", ylabel="bound on its depth (nm)")
-ax.legend(fontsize=7, ncols=2)
+fig.legend(fontsize=7, loc="outside right center")
 
 # %% [markdown]
 # ## Bounds on whole columns

@@ -1,12 +1,10 @@
 """Goodness of fit: standard normal under the truth, and under a fit once its leverage is given back."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from scipy.stats import kstest, poisson
+from scipy.stats import kstest
 
-from depthprob.inference.goodness import explained, goodness_of_fit, leverages
+from depthprob.inference.goodness import goodness_of_fit, leverages
 from depthprob.inference.likelihood import maximum, rates
 from depthprob.inference.problem import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
@@ -36,15 +34,6 @@ def fit_qualities(library, seed):
     fitted, leverage = rates(estimate.parameters, problem), leverages(estimate, problem)
     assert 0.9 * 186 < leverage.sum() < 186  # the prior knows the rest
     return [goodness_of_fit(estimate.parameters, problem, *options) for options in ((rate,), (fitted,), (fitted, leverage))]
-
-
-def test_expected_counts_explain_as_poissons_probabilities_say():
-    rng = np.random.default_rng(0)
-    counts, rate, mask = rng.poisson(3.0, (2, 4, 5)), rng.uniform(1, 5, (2, 4, 5)), rng.random((2, 4, 5)) < 0.7
-    problem = SimpleNamespace(read_variance=0.0, mask=mask, dispersion=1.0)
-    known = [poisson.logpmf(counts, r)[mask].sum() for r in (rate, 2 * rate)]
-    found = [explained(counts, r.astype(np.float32), problem) for r in (rate, 2 * rate)]
-    assert found[1] - found[0] == pytest.approx(known[1] - known[0], rel=1e-5)
 
 
 def test_leverage_gives_back_what_the_fit_took_off_the_deviance(library):

@@ -30,16 +30,6 @@ def leverages(estimate: Estimate, problem: Problem) -> np.ndarray:
     return out
 
 
-def explained(counts: np.ndarray, rate: np.ndarray, problem: Problem) -> float:
-    """Log-likelihood of counts (F, ny, nx) under these expected counts, up to what depends on the counts alone; noise and mask are the problem's. Float64."""
-    variance = float(problem.read_variance)
-    total = 0.0
-    for n, r, used in zip(counts, rate, np.asarray(problem.mask), strict=True):
-        r = np.maximum(r.astype(float), DARKEST)
-        total += float(np.where(used, (n + variance) * np.log(r + variance) - r, 0.0).sum())
-    return total / float(problem.dispersion)
-
-
 class Dispersion(NamedTuple):
     """Variance of the counts over that of Poisson counts (and read noise), and the standard deviation of that estimate if the counts are Poisson's."""
 

@@ -18,7 +18,8 @@ from ..inference import likelihood, local
 from ..inference.counts import marginal_draws, mean_square_shift
 from ..inference.drawing import windows_about
 from ..inference.gaussian_peak import PeakFit
-from ..inference.goodness import explained, over_dispersed
+from ..inference.goodness import over_dispersed
+from ..inference.held import Asked, share_of
 from ..inference.likelihood import Amplitudes, Estimate
 from ..inference.posterior import Posterior
 from ..inference.problem import AFFINE, DARKEST, LARGE, PER_COLUMN, WIDE, Problem, field_of, make_problem
@@ -34,6 +35,7 @@ LOOKS, FIXED_SECONDS = 150, 60.0  # at all images, counting Fisher matrices as s
 ROUNDS = 20  # of counting, fitting, looking for hidden columns and taking off what superposition lacks
 SHARPEST = 8  # images that hidden columns are looked for in
 RECKONINGS, FEW = 3, 0.1  # of what superposition lacks, at most, and until no larger share of the counts changes
+HELD = 0.5  # of what superposition lacks, that the residuals hold where it is not a sum of isolated columns
 LIBRARY_ERROR = 0.015  # relative, of cross-sections: what superposition and thermal model leave
 SCALE_SD = 0.05  # of a factor common to all cross-sections
 NINETY = 1.6449  # standard deviations that hold 90 % of a normal distribution
@@ -58,8 +60,8 @@ class JointFit(NamedTuple):
         Whether counts and fit agree.
     lacking : (F, ny, nx), or zero
         What the problem's counts are less than those measured.
-    refuted : float, optional
-        By how much that lowers the log-likelihood, where nothing was therefore taken off.
+    refused : Asked, optional
+        What share of it the residuals of a fit without it hold, where that is so little that nothing was taken off.
     """
 
     problem: Problem
@@ -68,7 +70,7 @@ class JointFit(NamedTuple):
     amplitudes: Amplitudes
     settled: bool
     lacking: np.ndarray | float = 0.0
-    refuted: float | None = None
+    refused: Asked | None = None
 
     @property
     def reader(self):
@@ -158,7 +160,7 @@ def fit_jointly(
 
     Priors are centred where the field starts. What the model is `lacking` of the expected counts at an estimate is taken off the stack once that is near the maximum,
     and counts and fit are brought to agree anew; it is reckoned again where that changed many counts, on which it depends. With `inference.superposition` "auto" it is not where the
-    fit without it explains the stack better: that of a series which is itself a sum of isolated columns. Columns are looked for in what is left then: thick ones scatter as
+    residuals hold less than half of it: those of a series which is itself a sum of isolated columns hold none. Columns are looked for in what is left then: thick ones scatter as
     much beside them as atoms between them.
     """
     posed = lambda field, short, centre=None: pose(stack - short, field, library, series, mask, config, centre)
@@ -183,23 +185,24 @@ def fit_jointly(
             if agreed.changed <= enough or rounds >= ROUNDS:
                 return agreed
 
-    def reckon(agreed: _Agreed) -> tuple[_Agreed, np.ndarray | float, float | None]:
-        """A fit less what the model lacks, reckoned until few counts depend on it, and what that is; or the fit as it was, and by how much the other explains the stack less."""
+    def reckon(agreed: _Agreed) -> tuple[_Agreed, np.ndarray | float, Asked | None]:
+        """A fit less what the model lacks, reckoned until few counts depend on it, and what that is; or the fit as it was, and what share of it the residuals hold."""
+        short: np.ndarray | float = 0.0
         if lacking is None or agreed.changed > FEW:
-            return agreed, 0.0, None
-        plain = (explained(stack, agreed.rate(), agreed.problem), agreed) if config.inference.superposition == "auto" else None
-        for _ in range(RECKONINGS):
+            return agreed, short, None
+        for reckoning in range(RECKONINGS):
             reckoned = np.asarray(agreed.problem.n_atoms)
             short = lacking(agreed.mode.parameters, agreed.problem)
+            if reckoning == 0 and config.inference.superposition == "auto":
+                held = share_of(short, agreed.mode, agreed.problem)
+                if held.change < min(HELD, 1 - 3 * held.sd):
+                    return agreed, 0.0, held
             agreed = agree(agreed.field, short, FEW, agreed)
-            if plain and (refuted := plain[0] - explained(stack, agreed.rate() + short, agreed.problem)) > 0:
-                return plain[1], 0.0, refuted
-            plain = None  # with its large factors
             if rounds >= ROUNDS or np.mean(reckoned != np.asarray(agreed.problem.n_atoms)) <= FEW:
                 break
         return agreed, short, None
 
-    agreed, short, refuted = reckon(agree(field, 0.0, FEW if lacking else 0.0))
+    agreed, short, refused = reckon(agree(field, 0.0, FEW if lacking else 0.0))
     complete = False  # what was hidden has been found, and more
     while True:
         if agreed.changed and rounds < ROUNDS:
@@ -222,7 +225,7 @@ def fit_jointly(
     problem, amplitudes, mode = posed(agreed.field, short, centre), agreed.amplitudes._replace(curvature=None), agreed.mode  # the curvature is large
     if dispersed:
         problem, mode = over_dispersed(problem, reader_of(problem).rates(mode.parameters, problem)), None
-    return JointFit(problem, reader_of(problem).maximum(problem, progress, mode), agreed.counts, amplitudes, not agreed.changed, short, refuted)
+    return JointFit(problem, reader_of(problem).maximum(problem, progress, mode), agreed.counts, amplitudes, not agreed.changed, short, refused)
 
 
 def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitudes | None = None) -> tuple[Counts, Amplitudes]:

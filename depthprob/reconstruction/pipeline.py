@@ -255,7 +255,7 @@ def reconstruct(
     joint = fit_jointly(stack.data, field, library, series, mask, config, progress, lacking if pairs else None)
 
     stages("superposition")
-    joint, owed = superposition.settled(joint, config, pairs and joint.refuted is None, seconds, progress, shared)
+    joint, owed = superposition.settled(joint, config, pairs and joint.refused is None, seconds, progress, shared)
     problem, estimate, fit = joint.problem, joint.estimate, joint.reader
     n_atoms, probability = np.asarray(problem.n_atoms), joint.counts.probability
     parameters = {k: np.asarray(v) for k, v in estimate.parameters.items()}
@@ -310,7 +310,7 @@ def reconstruct(
         *quality.doubts_of_lattice(lattice_stretch(positions - np.outer(depths.mean, lean), geometry), geometry.spacing),
         *quality.doubts_of_field(positions, shifts, series.shape, pixel, periodic),
         *quality.doubts_of_depths(parameters["depth"], defocus),
-        *quality.doubts_of_thickness(n_atoms, positions, geometry.spacing, config.microscope.convergence_angle_mrad, owed, joint.refuted),
+        *quality.doubts_of_thickness(n_atoms, positions, geometry.spacing, config.microscope.convergence_angle_mrad, owed, joint.refused),
         *quality.doubts_of_estimators(depths.mean, gaussian_depth),
         *quality.doubts_of_settings(tested, config, float(np.median(depths.sd)), (n_atoms.max() - 1) * geometry.spacing),
         *quality.doubts_of_fit(joint, fit_quality, spread, config),

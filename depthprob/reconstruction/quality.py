@@ -175,13 +175,13 @@ def doubts_of_depths(depth: np.ndarray, defocus: np.ndarray) -> list[str]:
     return found
 
 
-def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float, owed: Owed, refuted: float | None = None) -> list[str]:
+def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float, owed: Owed, refused: Asked | None = None) -> list[str]:
     """A warning of columns (C,) too thick for a sum of isolated columns, or corrected by more than their error bars.
 
     Within a column of thickness t the beam of semi-angle a [mrad] spreads to a t / 2, and what its neighbours, at a distance d, scatter of it is
     missing. Against full multislice, gold along [001], 300 kV, 21 mrad (tests/benchmarks/superposition.py): a column among its eight neighbours is off in depth
     by 0.02 +- 0.02 Å at a t / 2 d = 0.08 (4 atoms), 0.20 +- 0.04 Å at 0.25 (12 atoms, half the bound) and 1.01 +- 0.07 Å at 0.42 (20 atoms, twice the bound).
-    `refuted` is by how much the correction lowered the log-likelihood where it was therefore left out.
+    `refused` is what share of the correction the residuals hold where it was therefore left out.
     """
     thickness = n_atoms * spacing
     thick = is_thick(n_atoms, positions, spacing, angle)
@@ -194,8 +194,8 @@ def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: flo
         text = f"{thick.sum()} of {len(thick)} columns are so thick (up to {thickness.max():.0f} Å) that the beam spreads in them to their neighbours. Depths are corrected for it, by up to {most:.2f} Å; their error bars hold {owed.depth_sd.max():.2f} Å for what the correction may lack. It is proved for gold along [001], of up to 40 atoms."
         thickest = int(is_thick(n_atoms / 2, positions, spacing, angle).sum())
         return [text + f" {thickest} columns are so thick that they scatter some per cent less than alone, as the correction says; of 40 atoms of gold a third of it is an atom." * bool(thickest)]
-    if refuted is not None:
-        found = f"the fit without what these take from each other explains the series better, by {refuted:.0f} in log-likelihood"
+    if refused is not None:
+        found = f"residuals hold only {refused.change:.2f} ± {refused.sd:.2f} of what these would take from each other"
         return [f"{thick.sum()} of {len(thick)} columns are so thick (up to {thickness.max():.0f} Å) that the beam spreads in them to their neighbours, but {found}. A series made as a sum of isolated columns looks like this, and nothing was corrected. If this one is measured, or simulated as a whole, something told is wrong; inference.superposition = \"corrected\" corrects it all the same."]
     limit = thickness[thick].min()
     return [f"{thick.sum()} of {len(thick)} columns are {limit:.0f} Å thick or more (up to {thickness.max():.0f} Å): the beam spreads in them towards their neighbours, and a sum of isolated columns is wrong by as much as the error bars say, which do not know of it."
