@@ -7,7 +7,14 @@ import pytest
 from scipy.io import loadmat
 from scipy.stats import norm
 
-from depthprob.reconstruction.counting import Components, count_by_hybrid, expected_confusion, gaussian_mixture_counts, integrated_classification_likelihood
+from depthprob.reconstruction.counting import (
+    Components,
+    count_by_hybrid,
+    count_by_library,
+    expected_confusion,
+    gaussian_mixture_counts,
+    integrated_classification_likelihood,
+)
 
 STATSTEM = Path(__file__).parents[2] / "shared" / "data" / "statstem" / "ExamplePtIr.mat"
 GOLD = np.array([0.0147, 0.0318, 0.0521, 0.0759, 0.101, 0.1253, 0.1485, 0.1707, 0.1923, 0.2136, 0.2349, 0.256])  # Å², of 1 to 12 atoms
@@ -53,6 +60,17 @@ def test_the_hybrid_finds_the_scale_of_an_experiment_and_the_spread_that_is_not_
     scale = np.median(1.04 * x / GOLD[n - 1])
     assert counts.scale == pytest.approx(scale, abs=0.005)  # the grid of factors
     assert counts.components.width == pytest.approx(1.04 * WIDTH, rel=0.15)
+
+
+@pytest.mark.parametrize("brighter", [1.0, 1.0004, 1.0013, 1.0031, 1.07])
+def test_the_librarys_scale_follows_the_columns_smoothly(brighter):
+    """Not from one tried factor, 0.25 % apart, to the next, at which hundreds of columns of a large field change their counts; and where no higher one was tried."""
+    rng = np.random.default_rng(3)
+    n = rng.choice(12, 3000) + 1
+    x = GOLD[n - 1] * (1 + 0.01 * rng.standard_normal(3000))
+    scale = [count_by_library(factor * x, factor * 0.01 * x, GOLD, scale_sd=0.05).scale for factor in (1.0, brighter)]
+    assert scale[0] == pytest.approx(1.0, abs=0.001)  # 0.01 / 3000^(1/2) = 0.0002
+    assert scale[1] / scale[0] == pytest.approx(brighter, abs=3e-4 + 2e-3 * (brighter > 1.05))  # the prior holds back
 
 
 def test_the_hybrid_counts_columns_that_make_one_broad_hill():

@@ -9,8 +9,8 @@ from scipy.stats import chi2
 
 from depthprob.config import Config
 from depthprob.inference import local
-from depthprob.inference.held import Asked, asked, share_of
-from depthprob.inference.likelihood import find_mode, maximum
+from depthprob.inference.held import Asked, asked
+from depthprob.inference.likelihood import maximum
 from depthprob.inference.problem import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.reconstruction.quality import doubts_of_settings
@@ -64,27 +64,6 @@ def test_a_wrong_setting_is_asked_for_as_a_fit_that_frees_it_finds_it(library, n
     moved = np.asarray(free.parameters["depth"] - held.parameters["depth"])
     np.testing.assert_allclose(result.depth_moves, moved, atol=0.1 * held.sd("depth").max())
     assert word not in asked(free, dataclasses.replace(problem, free=(*problem.free, name)), {})
-
-
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("wrong", [0, 1])
-def test_residuals_tell_what_share_of_a_change_the_counts_hold(library, share, wrong):
-    """Also where the third column is taken for one atom more; by windows as by the whole, and nearly so with the Fisher matrix of where the fit began."""
-    told, n = series(FOCI), np.asarray(FIELD.n_atoms)
-    total, wider = (np.asarray(expected_counts(dataclasses.replace(FIELD, source_variance=v), library, told), float) for v in (0.0, 0.05))
-    change = wider - total
-    counts = np.random.default_rng(5).poisson(total + share * change)
-    found = []
-    for dense in (True, False):
-        taken = dataclasses.replace(FIELD, n_atoms=n + wrong * (np.arange(4) == 2))
-        problem = make_problem(counts, taken, library, told, ("positions", "background", "gain", "image_shifts"), dense=dense, prior_sd={"log_background": 10.0})
-        mode = (find_mode if dense else local.find_mode)(problem)
-        found += [share_of(change.astype(np.float32), m, problem) for m in (mode._replace(curvature=None), mode)]
-    whole, _, by_windows, roughly = found
-    assert whole.change == pytest.approx(share, abs=3.5 * whole.sd + 0.1 * wrong) and whole.sd < 0.1
-    beyond = 0.3 * whole.sd * wrong  # a wrong column's misfit goes on beyond its windows: 0.018 of the share by its images, 0.008 by their Fisher matrix
-    assert by_windows.change == pytest.approx(whole.change, abs=0.3 * whole.sd + beyond) and by_windows.sd == pytest.approx(whole.sd, rel=0.05)
-    assert roughly.change == pytest.approx(whole.change, abs=0.2)
 
 
 def test_a_film_under_part_of_the_field_is_asked_for_as_a_fit_with_a_smooth_background_finds_it(library):

@@ -1,5 +1,6 @@
 """Large fields: window by window against the dense likelihood, and the arrow-shaped matrices against NumPy."""
 
+import dataclasses
 
 import equinox as eqx
 import jax
@@ -77,6 +78,24 @@ def test_arrow_factor_solves_inverts_and_draws():
     scale = np.array([factor.scale() @ e for e in jnp.eye(matrix.size)]).T
     np.testing.assert_allclose(scale @ scale.T, inverse, rtol=1e-9, atol=1e-12 * np.diag(inverse).max())
     np.testing.assert_allclose(factor.coloured(right[None])[0], scale @ right, rtol=1e-10)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_residuals_tell_what_share_of_a_change_the_counts_hold(library, share, wrong):
+    """By all and by the sharp images, also where the third column is taken for one atom more."""
+    foci, n, ones = np.linspace(-150, 150, 9), np.array([4, 7, 5, 9]), np.ones(9)
+    series = FocalSeries(foci, 0.34, 9612.0 * ones, (24, 22), True)
+    field = Field(np.array([[2.7, 0.7], [4.74, 2.74], [2.7, 4.78], [4.74, 6.82]]), n, np.array([-3.0, 1.0, 4.0, 0.0]), 2e-3 * ones, ones, np.zeros((9, 2)))
+    total, wider = (np.asarray(expected_counts(dataclasses.replace(field, source_variance=v), library, series), float) for v in (0.0, 0.05))
+    change = (wider - total).astype(np.float32)
+    counts = np.random.default_rng(5).poisson(total + share * change)
+    taken = dataclasses.replace(field, n_atoms=n + wrong * (np.arange(4) == 2))
+    for reader in (likelihood, local):
+        problem = make_problem(counts, taken, library, series, ("positions", "background", "gain", "image_shifts"), dense=reader is likelihood)
+        parameters = reader.find_mode(problem).parameters
+        held = reader.share_held(change, parameters, problem, reader.column_amplitudes(parameters, problem))
+        assert held.value == pytest.approx(share, abs=3.5 * held.sd) and 0.02 < held.sd < 0.2
 
 
 @pytest.mark.parametrize("period", [None, 50.0])

@@ -9,7 +9,7 @@ import pytest
 from depthprob.config import Config
 from depthprob.inference.goodness import Dispersion
 from depthprob.inference.held import Asked
-from depthprob.inference.likelihood import Amplitudes
+from depthprob.inference.likelihood import Amplitudes, Share
 from depthprob.reconstruction import quality
 from depthprob.reconstruction.joint import JointFit
 from depthprob.reconstruction.superposition import Owed
@@ -148,8 +148,8 @@ def test_corrected_columns_are_told_by_how_much_and_small_corrections_are_not():
     (thicker,) = quality.doubts_of_thickness(n + 10 * (np.arange(9) == 4), places, 4.08, 21.0, owing([-0.3, -0.9], 20))
     assert "1 columns are so thick that they scatter" in thicker
     assert quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([-0.3, -0.4], 20)) == []
-    (refused,) = quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([0.0]), Asked(0.034, 0.012, np.zeros(9)))
-    assert "hold only 0.03 ± 0.01 of what" in refused and "nothing was corrected" in refused
+    (refused,) = quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([0.0]), Share(0.034, 0.012))
+    assert "hold 0.0 of what" in refused and "nothing was corrected" in refused
 
 
 def fitted(n_atoms=(3, 12), amplitude=(1.0, 1.0), sd=(0.02, 0.02)):

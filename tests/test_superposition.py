@@ -278,7 +278,7 @@ def test_a_series_that_lacks_nothing_is_left_as_it_is(library, holds):
     fit = lambda config: fit_jointly(counts, field, library, series, np.ones(counts.shape, bool), config, lacking=lambda *_: change)
     joint = fit(Config())
     assert joint.settled and np.array_equal(joint.lacking, change if holds else 0.0)
-    assert joint.refused is None if holds else joint.refused.change == pytest.approx(0.0, abs=3.5 * joint.refused.sd)
+    assert joint.refused is None if holds else joint.refused.value == pytest.approx(0.0, abs=3.5 * joint.refused.sd)
     assert fit(CORRECTED).refused is None
 
 

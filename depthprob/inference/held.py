@@ -1,8 +1,7 @@
 """What residuals ask of settings that a fit has held: score tests, with the depths' error that a wrong setting makes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from types import ModuleType
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from ..physics.focal_series import counts_per_fraction, renderer, smooth_functio
 from ..physics.library import ColumnLibrary
 from . import likelihood, local
 from .arrow import ArrowFactor
-from .likelihood import Estimate, Mode
+from .likelihood import Estimate
 from .problem import DARKEST, SMOOTH, Problem
 
 POWERS = (1, 2, 3)  # of the number of atoms, by which wrong counts brighten columns
@@ -42,35 +41,6 @@ class Asked(NamedTuple):
     def significance(self) -> float:
         """The score statistic: standard normal where the setting is right (Rao, Proc. Camb. Phil. Soc. 44, 50 (1948))."""
         return self.change / self.sd
-
-
-class _Tests(NamedTuple):
-    """Score tests of changes of the expected counts beside the fitted parameters.
-
-    Attributes
-    ----------
-    score : (K,)
-    information : (K, K)
-    hidden : (K,) bool
-        The fitted parameters do all that the change does.
-    solved : (P, K)
-        By how much these follow, negative.
-    misfit : float
-        Pearson's, beyond three standard deviations of what noise makes.
-    """
-
-    score: np.ndarray
-    information: np.ndarray
-    hidden: np.ndarray
-    solved: np.ndarray
-    misfit: float
-
-    def asked(self, i: int, n_columns: int) -> Asked:
-        """Of one change alone."""
-        if self.hidden[i]:
-            return Asked(0.0, np.inf, np.zeros(n_columns))
-        change = float(self.score[i] / self.information[i, i])
-        return Asked(change, float(self.information[i, i] ** -0.5), -change * self.solved[:n_columns, i], float(min(1.0, change * self.score[i] / max(self.misfit, 1e-9))))
 
 
 def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[ColumnLibrary, float]]) -> dict[str, Asked]:
@@ -110,46 +80,16 @@ def asked(estimate: Estimate, problem: Problem, libraries: Mapping[str, tuple[Co
     if uneven:
         dark = np.asarray(counts_per_fraction(problem.series) * np.exp(estimate.parameters["log_background"])[:, None, None], np.float32)
         slopes |= {name: dark * shape for name, shape in zip(uneven, smooth_functions(problem.series.shape), strict=True)}
-    tests, n_columns = _score_tests(slopes, estimate.parameters, problem, fit, rate, solve), len(problem.n_atoms)
-    out = {name: tests.asked(i, n_columns) for i, name in enumerate(settings)}
-    if uneven:
-        own = slice(len(settings), None)
-        shares = np.linalg.pinv(tests.information[own, own], 1e-9, hermitian=True) @ tests.score[own]
-        square = float(shares @ tests.score[own])
-        varies = float(np.tensordot(shares, smooth_functions(problem.series.shape), 1).std())
-        if square > 0:
-            out["background"] = Asked(varies, varies / square**0.5, -tests.solved[:n_columns, own] @ shares, float(min(1.0, square / max(tests.misfit, 1e-9))))
-    return out
-
-
-def share_of(change: np.ndarray, mode: Mode, problem: Problem) -> Asked:
-    """What share of a change (F, ny, nx) of the expected counts the residuals of a fit hold: one where the counts have it and the model has not, nought where neither has.
-
-    With the Fisher matrix that the fit of a large field has kept, from where it began: to a tenth or two.
-    """
-    large = problem.draw is None
-    fit, parameters = local if large else likelihood, mode.parameters
-    rate = fit.rates(parameters, problem)
-    if large:
-        solve = (mode.curvature or local.factor_of(local.select(local.information(parameters, problem, rate), problem), problem)).solve
-    else:
-        solve = likelihood.covariance_of(likelihood.fisher_and_score(parameters, problem)[0], problem).__matmul__
-    return _score_tests({"change": change}, parameters, problem, fit, rate, solve).asked(0, len(problem.n_atoms))
-
-
-def _score_tests(slopes: dict[str, np.ndarray], parameters: dict, problem: Problem, fit: ModuleType, rate: np.ndarray, solve: Callable) -> _Tests:
-    """Tests of changes (F, ny, nx) each, with brightness by powers of the number of atoms taken out; `solve` applies the inverse information of the fitted parameters."""
-    wanted, slopes = len(slopes), dict(slopes)
     atoms = np.arange(1, problem.library.n_max + 1)[:, None, None] / problem.library.n_max
     for power in POWERS:
         brighter = dataclasses.replace(problem.library, coefficients=problem.library.coefficients * (1 + 0.01 * atoms**power))
-        slopes[f"brightness {power}"] = (fit.rates(parameters, dataclasses.replace(problem, library=brighter)) - rate) / np.float32(0.01)
+        slopes[f"brightness {power}"] = (fit.rates(estimate.parameters, dataclasses.replace(problem, library=brighter)) - rate) / np.float32(0.01)
 
     residual = np.asarray(problem.counts) - rate
     weight = np.where(problem.mask, 1 / (np.maximum(rate.astype(float), DARKEST) + float(problem.read_variance)), 0.0) / float(problem.dispersion)
     misfit = (weight * np.square(residual, dtype=float)).sum() - problem.mask.sum()
     misfit -= 3 * float(np.where(problem.mask, 2 + rate * weight**2, 0.0).sum()) ** 0.5
-    own, *common = fit.information_along(parameters, problem, np.stack([residual, *slopes.values()])).T
+    own, *common = fit.information_along(estimate.parameters, problem, np.stack([residual, *slopes.values()])).T
     solved = np.stack([solve(a) for a in common], 1)
     alone, score = np.zeros((len(slopes),) * 2), -solved.T @ own
     for image, (w, r) in enumerate(zip(weight, residual, strict=True)):
@@ -157,7 +97,21 @@ def _score_tests(slopes: dict[str, np.ndarray], parameters: dict, problem: Probl
         alone += (rows * w.ravel()) @ rows.T
         score += rows @ (w * r).ravel()
     information = alone - np.array(common) @ solved
-    taken = np.linalg.pinv(information[wanted:, wanted:], 1e-9, hermitian=True) @ information[wanted:]
-    score, information, solved = score - taken.T @ score[wanted:], information - information[:, wanted:] @ taken, solved - solved[:, wanted:] @ taken
-    hidden = np.diag(information) <= ROUNDING * np.diag(alone)
-    return _Tests(score[:wanted], information[:wanted, :wanted], hidden[:wanted], solved[:, :wanted], misfit)
+    many = len(settings) + len(uneven)
+    taken = np.linalg.pinv(information[many:, many:], 1e-9, hermitian=True) @ information[many:]
+    score, information, solved = score - taken.T @ score[many:], information - information[:, many:] @ taken, solved - solved[:, many:] @ taken
+    out = {}
+    for i, name in enumerate(settings):
+        if information[i, i] <= ROUNDING * alone[i, i]:  # the fitted parameters do all that the setting does
+            out[name] = Asked(0.0, np.inf, np.zeros(len(problem.n_atoms)))
+        else:
+            change = float(score[i] / information[i, i])
+            out[name] = Asked(change, float(information[i, i] ** -0.5), -change * solved[: len(problem.n_atoms), i], float(min(1.0, change * score[i] / max(misfit, 1e-9))))
+    if uneven:
+        own = slice(len(settings), many)
+        shares = np.linalg.pinv(information[own, own], 1e-9, hermitian=True) @ score[own]
+        square = float(shares @ score[own])
+        varies = float(np.tensordot(shares, smooth_functions(problem.series.shape), 1).std())
+        if square > 0:
+            out["background"] = Asked(varies, varies / square**0.5, -solved[: len(problem.n_atoms), own] @ shares, float(min(1.0, square / max(misfit, 1e-9))))
+    return out

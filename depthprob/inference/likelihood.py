@@ -299,20 +299,47 @@ def column_amplitudes(parameters: dict, problem: Problem, before: Amplitudes | N
     along [001], in focus at once, one atom short showed as 1.9 % where its cross-section lacks 3.2 %, if the column as it is was scaled and nothing moved.)
     """
     n_columns = len(problem.n_atoms)
-    grown = growth(problem.library)
-    normal, right = 0.0, 0.0
+    covariance, right, _ = _about_amplitudes(parameters, problem)
+    return Amplitudes(1 + covariance[:n_columns] @ right[:, 0], np.sqrt(np.maximum(np.diag(covariance)[:n_columns], 0.0)))
+
+
+class Share(NamedTuple):
+    """Of a change of the expected counts that residuals hold, and its standard deviation."""
+
+    value: float
+    sd: float
+
+
+def share_held(change: np.ndarray, parameters: dict, problem: Problem, amplitudes: Amplitudes) -> Share:
+    """What share of a change (F, ny, nx) of the expected counts the residuals of a fit hold: one where the counts have it and the model has not, nought where neither has.
+
+    The score test of that share (Rao, Proc. Camb. Phil. Soc. 44, 50 (1948)) beside what `column_amplitudes` frees: where columns lack something the fit has counted them
+    wrong, and only what is not taken up by growing columns tells. `amplitudes` are for `local` alone.
+    """
+    covariance, right, own = _about_amplitudes(parameters, problem, change)
+    return share_beside(own, right, covariance @ right[:, 1])
+
+
+def share_beside(own: np.ndarray, common: np.ndarray, solved: np.ndarray) -> Share:
+    """From the information (2, 2) among residuals and change, what parameters have in `common` with both (P, 2), and their inverse information times that with the change (P,)."""
+    score, information = own[1] - solved @ common
+    return Share(float(score / information), float(information**-0.5))
+
+
+def _about_amplitudes(parameters: dict, problem: Problem, change: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Covariance (P, P) of amplitudes, depths, x and y, their information (P, K) with the residuals and a change, and that among these (K, K)."""
+    grown, sums = growth(problem.library), [0.0, 0.0, 0.0]
+    changes = jnp.zeros((0, *problem.counts.shape)) if change is None else jnp.asarray(change)[None]
     for i in range(len(problem.series.defocus)):
-        n, r = _amplitude_sums(parameters, problem, grown, i)
-        normal += np.asarray(n, float)
-        right += np.asarray(r, float)
+        sums = [total + np.asarray(part, float) for total, part in zip(sums, _amplitude_sums(parameters, problem, grown, changes, i), strict=True)]
+    normal, right, own = sums
     unit = np.sqrt(np.maximum(np.diag(normal), 1e-30))
-    covariance = np.linalg.pinv(normal / np.outer(unit, unit), 1e-6, hermitian=True)[:n_columns] / np.outer(unit[:n_columns], unit)
-    return Amplitudes(1 + covariance @ right, np.sqrt(np.maximum(np.diag(covariance), 0.0)))
+    return np.linalg.pinv(normal / np.outer(unit, unit), 1e-6, hermitian=True) / np.outer(unit, unit), right, own
 
 
 @jax.jit
-def _amplitude_sums(parameters: dict, problem: Problem, grown: ColumnLibrary, i: jax.Array):
-    """Normal matrix and right side (float32) of `column_amplitudes` from one image: amplitudes, depths, x and y of all columns."""
+def _amplitude_sums(parameters: dict, problem: Problem, grown: ColumnLibrary, changes: jax.Array, i: jax.Array):
+    """Normal matrix and right sides (float32) of `column_amplitudes` from one image: amplitudes, depths, x and y of all columns, beside the residuals and further changes."""
     scale = counts_per_fraction(problem.series)[i, 0, 0]
     draw, n = problem.draw, problem.n_atoms
 
@@ -336,10 +363,10 @@ def _amplitude_sums(parameters: dict, problem: Problem, grown: ColumnLibrary, i:
     root = jnp.where(problem.mask[i].ravel(), ((rate + problem.read_variance) * problem.dispersion) ** -0.5, 0.0)
     constant = background * root
     rows = jnp.concatenate([brighter, *slopes]) * root.astype(jnp.float32)  # float32, the largest of all that a small field needs
-    residual = ((problem.counts[i].ravel() - rate) * root).astype(jnp.float32)
+    layers = (jnp.concatenate([(problem.counts[i].ravel() - rate)[None], changes[:, i].reshape(len(changes), rate.size)]) * root).astype(jnp.float32)
     dark = (constant / jnp.linalg.norm(constant)).astype(jnp.float32)
-    own = rows @ dark  # the image's background, profiled out
-    return rows @ rows.T - jnp.outer(own, own), rows @ residual - own * (dark @ residual)
+    along, beside = rows @ dark, layers @ dark  # the image's background, profiled out
+    return rows @ rows.T - jnp.outer(along, along), rows @ layers.T - jnp.outer(along, beside), layers @ layers.T - jnp.outer(beside, beside)
 
 
 def rates(parameters: dict, problem: Problem) -> np.ndarray:

@@ -104,15 +104,23 @@ def count_by_library(cross_section: np.ndarray, sd: np.ndarray, library: np.ndar
     """
     scale = 1.0
     if scale_sd:
-        factors = np.exp(np.linspace(-3, 3, 121) * scale_sd)
+        logs = np.linspace(-3, 3, 121) * scale_sd
         gap = np.log(np.gradient(library)) if len(library) > 1 else np.zeros(1)
-        scale = max(factors, key=lambda s: max(_log_densities_of_scale(cross_section, sd, s, library, gap)) - (np.log(s) / scale_sd) ** 2 / 2)
+        density = [max(_log_densities_of_scale(cross_section, sd, np.exp(log), library, gap)) - (log / scale_sd) ** 2 / 2 for log in logs]
+        scale = np.exp(_top(logs, np.array(density)))
     distance = cross_section[:, None] - scale * library
     nearest = np.min(abs(distance), 1)
     scatter = 1.4826 * np.median(nearest / cross_section)
     total = np.hypot(sd, min(scatter, 0.05) * cross_section)
     log_p = -0.5 * (distance / total[:, None]) ** 2
     return Counts(np.argmin(abs(distance), 1) + 1, np.exp(log_p - logsumexp(log_p, axis=1, keepdims=True)), float(scale))
+
+
+def _top(x: np.ndarray, y: np.ndarray) -> float:
+    """Where the parabola through the highest of y at equidistant x and its neighbours is highest."""
+    k = np.clip(np.argmax(y), 1, len(x) - 2)
+    slope, curvature = (y[k + 1] - y[k - 1]) / 2, y[k + 1] - 2 * y[k] + y[k - 1]
+    return float(x[k] + (x[1] - x[0]) * np.clip(-slope / curvature if curvature < 0 else np.sign(slope), -1, 1))
 
 
 def _log_densities_of_scale(cross_section: np.ndarray, sd: np.ndarray, scale: float, library: np.ndarray, log_gap: np.ndarray) -> list[float]:

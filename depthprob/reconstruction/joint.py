@@ -19,8 +19,7 @@ from ..inference.counts import marginal_draws, mean_square_shift
 from ..inference.drawing import windows_about
 from ..inference.gaussian_peak import PeakFit
 from ..inference.goodness import over_dispersed
-from ..inference.held import Asked, share_of
-from ..inference.likelihood import Amplitudes, Estimate
+from ..inference.likelihood import Amplitudes, Estimate, Share
 from ..inference.posterior import Posterior
 from ..inference.problem import AFFINE, DARKEST, LARGE, PER_COLUMN, WIDE, Problem, field_of, make_problem
 from ..physics.focal_series import Field, FocalSeries
@@ -34,6 +33,7 @@ from .libraries import column_geometry, read_variance_of
 LOOKS, FIXED_SECONDS = 150, 60.0  # at all images, counting Fisher matrices as so many; and what a reconstruction takes besides
 ROUNDS = 20  # of counting, fitting, looking for hidden columns and taking off what superposition lacks
 SHARPEST = 8  # images that hidden columns are looked for in
+SETTLED = 2e-3  # of the counts may change once more: in fields of hundreds some columns always lie halfway
 RECKONINGS, FEW = 3, 0.1  # of what superposition lacks, at most, and until no larger share of the counts changes
 HELD = 0.5  # of what superposition lacks, that the residuals hold where it is not a sum of isolated columns
 LIBRARY_ERROR = 0.015  # relative, of cross-sections: what superposition and thermal model leave
@@ -60,7 +60,7 @@ class JointFit(NamedTuple):
         Whether counts and fit agree.
     lacking : (F, ny, nx), or zero
         What the problem's counts are less than those measured.
-    refused : Asked, optional
+    refused : Share, optional
         What share of it the residuals of a fit without it hold, where that is so little that nothing was taken off.
     """
 
@@ -70,7 +70,7 @@ class JointFit(NamedTuple):
     amplitudes: Amplitudes
     settled: bool
     lacking: np.ndarray | float = 0.0
-    refused: Asked | None = None
+    refused: Share | None = None
 
     @property
     def reader(self):
@@ -185,7 +185,7 @@ def fit_jointly(
             if agreed.changed <= enough or rounds >= ROUNDS:
                 return agreed
 
-    def reckon(agreed: _Agreed) -> tuple[_Agreed, np.ndarray | float, Asked | None]:
+    def reckon(agreed: _Agreed) -> tuple[_Agreed, np.ndarray | float, Share | None]:
         """A fit less what the model lacks, reckoned until few counts depend on it, and what that is; or the fit as it was, and what share of it the residuals hold."""
         short: np.ndarray | float = 0.0
         if lacking is None or agreed.changed > FEW:
@@ -194,19 +194,19 @@ def fit_jointly(
             reckoned = np.asarray(agreed.problem.n_atoms)
             short = lacking(agreed.mode.parameters, agreed.problem)
             if reckoning == 0 and config.inference.superposition == "auto":
-                held = share_of(short, agreed.mode, agreed.problem)
-                if held.change < min(HELD, 1 - 3 * held.sd):
+                held = reader_of(agreed.problem).share_held(short, agreed.mode.parameters, agreed.problem, agreed.amplitudes)
+                if held.value < min(HELD, 1 - 3 * held.sd):
                     return agreed, 0.0, held
             agreed = agree(agreed.field, short, FEW, agreed)
             if rounds >= ROUNDS or np.mean(reckoned != np.asarray(agreed.problem.n_atoms)) <= FEW:
                 break
         return agreed, short, None
 
-    agreed, short, refused = reckon(agree(field, 0.0, FEW if lacking else 0.0))
+    agreed, short, refused = reckon(agree(field, 0.0, FEW if lacking else SETTLED))
     complete = False  # what was hidden has been found, and more
     while True:
-        if agreed.changed and rounds < ROUNDS:
-            agreed = agree(agreed.field, short, 0.0, agreed)
+        if agreed.changed > SETTLED and rounds < ROUNDS:
+            agreed = agree(agreed.field, short, SETTLED, agreed)
         if rounds >= ROUNDS:
             break
         doubled = processes.of_first(doubled_columns(agreed.field, series, nearest_distance(column_geometry(config))))
@@ -220,12 +220,12 @@ def fit_jointly(
         else:
             break
         del agreed  # with its large factors, before there are new ones
-        agreed = agree(field, short, 0.0)
+        agreed = agree(field, short, SETTLED)
 
     problem, amplitudes, mode = posed(agreed.field, short, centre), agreed.amplitudes._replace(curvature=None), agreed.mode  # the curvature is large
     if dispersed:
         problem, mode = over_dispersed(problem, reader_of(problem).rates(mode.parameters, problem)), None
-    return JointFit(problem, reader_of(problem).maximum(problem, progress, mode), agreed.counts, amplitudes, not agreed.changed, short, refused)
+    return JointFit(problem, reader_of(problem).maximum(problem, progress, mode), agreed.counts, amplitudes, agreed.changed <= SETTLED, short, refused)
 
 
 def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitudes | None = None) -> tuple[Counts, Amplitudes]:

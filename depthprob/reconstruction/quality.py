@@ -7,6 +7,7 @@ from scipy.stats import binom, poisson
 from ..config import Config
 from ..inference.goodness import Dispersion
 from ..inference.held import Asked
+from ..inference.likelihood import Share
 from ..physics.electron import wavelength
 from ..physics.optics import edge_phase
 from .joint import ROUNDS, JointFit
@@ -175,7 +176,7 @@ def doubts_of_depths(depth: np.ndarray, defocus: np.ndarray) -> list[str]:
     return found
 
 
-def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float, owed: Owed, refused: Asked | None = None) -> list[str]:
+def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: float, angle: float, owed: Owed, refused: Share | None = None) -> list[str]:
     """A warning of columns (C,) too thick for a sum of isolated columns, or corrected by more than their error bars.
 
     Within a column of thickness t the beam of semi-angle a [mrad] spreads to a t / 2, and what its neighbours, at a distance d, scatter of it is
@@ -195,7 +196,7 @@ def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: flo
         thickest = int(is_thick(n_atoms / 2, positions, spacing, angle).sum())
         return [text + f" {thickest} columns are so thick that they scatter some per cent less than alone, as the correction says; of 40 atoms of gold a third of it is an atom." * bool(thickest)]
     if refused is not None:
-        found = f"residuals hold only {refused.change:.2f} ± {refused.sd:.2f} of what these would take from each other"
+        found = f"residuals hold {abs(refused.value):.1f} of what these would take from each other, less than half"
         return [f"{thick.sum()} of {len(thick)} columns are so thick (up to {thickness.max():.0f} Å) that the beam spreads in them to their neighbours, but {found}. A series made as a sum of isolated columns looks like this, and nothing was corrected. If this one is measured, or simulated as a whole, something told is wrong; inference.superposition = \"corrected\" corrects it all the same."]
     limit = thickness[thick].min()
     return [f"{thick.sum()} of {len(thick)} columns are {limit:.0f} Å thick or more (up to {thickness.max():.0f} Å): the beam spreads in them towards their neighbours, and a sum of isolated columns is wrong by as much as the error bars say, which do not know of it."
