@@ -80,8 +80,7 @@ def test_arrow_factor_solves_inverts_and_draws():
     np.testing.assert_allclose(factor.coloured(right[None])[0], scale @ right, rtol=1e-10)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("share, wrong", [(0.0, 1), (0.4, 0), (1.0, 1)])
 def test_residuals_tell_what_share_of_a_change_the_counts_hold(library, share, wrong):
     """By all and by the sharp images, also where the third column is taken for one atom more."""
     foci, n, ones = np.linspace(-150, 150, 9), np.array([4, 7, 5, 9]), np.ones(9)

@@ -166,7 +166,8 @@ def _nodes(end: float, n: int):
 
 def recorded(signals: RadialSignals, sensitivity: Float[Array, "annulus ring"]) -> RadialSignals:
     """The same with annuli in the place of rings, so that images need not be made ring by ring."""
-    return dataclasses.replace(signals, channels=[jnp.einsum("ai,cipq->capq", sensitivity, grams) for grams in signals.channels])
+    seen = lambda part: jnp.einsum("ai,cipq->capq", sensitivity, part)  # of real parts: JAX 0.8 warns of a real gradient of complex products
+    return dataclasses.replace(signals, channels=[jax.lax.complex(seen(grams.real), seen(grams.imag)) for grams in signals.channels])
 
 
 def ring_images(signals: RadialSignals, angle: Array, z: Array, source_variance: Array | float) -> Float[Array, "column ring r"]:
