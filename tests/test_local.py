@@ -97,6 +97,14 @@ def test_residuals_tell_what_share_of_a_change_the_counts_hold(library, share, w
         assert held.value == pytest.approx(share, abs=3.5 * held.sd) and 0.02 < held.sd < 0.2
 
 
+@pytest.mark.parametrize("change", [0.0, 1.0, 1.2])
+def test_nothing_is_known_of_the_share_of_a_change_that_parameters_do_themselves(change):
+    """Nor of none, nor by a matrix that promises more than there is."""
+    own, common = np.array([[5.0, 2.0 * change], [2.0 * change, 4.0]]) * (change > 0), np.array([[1.0, 2.0 * change]])
+    held = likelihood.share_beside(own, common, 2.0 * change * np.ones(1))
+    assert held.sd == np.inf and not held.value < min(0.5, 1 - 3 * held.sd)
+
+
 @pytest.mark.parametrize("period", [None, 50.0])
 def test_columns_closer_than_a_strip_is_wide_are_in_the_same_or_neighbouring_strips(period):
     along = np.random.default_rng(0).uniform(-3, 47, 200)

@@ -148,7 +148,7 @@ def test_corrected_columns_are_told_by_how_much_and_small_corrections_are_not():
     (thicker,) = quality.doubts_of_thickness(n + 10 * (np.arange(9) == 4), places, 4.08, 21.0, owing([-0.3, -0.9], 20))
     assert "1 columns are so thick that they scatter" in thicker
     assert quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([-0.3, -0.4], 20)) == []
-    (refused,) = quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([0.0]), Share(0.034, 0.012))
+    (refused,) = quality.doubts_of_thickness(n, places, 4.08, 21.0, owing([0.0]), Share(-0.34, 0.012))
     assert "hold 0.0 of what" in refused and "nothing was corrected" in refused
 
 

@@ -321,8 +321,13 @@ def share_held(change: np.ndarray, parameters: dict, problem: Problem, amplitude
 
 
 def share_beside(own: np.ndarray, common: np.ndarray, solved: np.ndarray) -> Share:
-    """From the information (2, 2) among residuals and change, what parameters have in `common` with both (P, 2), and their inverse information times that with the change (P,)."""
+    """From the information (2, 2) among residuals and change, what parameters have in `common` with both (P, 2), and their inverse information times that with the change (P,).
+
+    Where the parameters do all that the change does, or more by a matrix of other counts, nothing is known of the share: its standard deviation is infinite.
+    """
     score, information = own[1] - solved @ common
+    if information <= 1e-6 * own[1, 1]:
+        return Share(0.0, np.inf)
     return Share(float(score / information), float(information**-0.5))
 
 

@@ -160,7 +160,7 @@ def fit_jointly(
 
     Priors are centred where the field starts. What the model is `lacking` of the expected counts at an estimate is taken off the stack once that is near the maximum,
     and counts and fit are brought to agree anew; it is reckoned again where that changed many counts, on which it depends. With `inference.superposition` "auto" it is not where the
-    residuals hold less than half of it: those of a series which is itself a sum of isolated columns hold none. Columns are looked for in what is left then: thick ones scatter as
+    residuals hold less than half of it, three standard deviations short of the whole: those of a series which is itself a sum of isolated columns hold none. Columns are looked for in what is left then: thick ones scatter as
     much beside them as atoms between them.
     """
     posed = lambda field, short, centre=None: pose(stack - short, field, library, series, mask, config, centre)

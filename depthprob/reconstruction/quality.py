@@ -196,7 +196,7 @@ def doubts_of_thickness(n_atoms: np.ndarray, positions: np.ndarray, spacing: flo
         thickest = int(is_thick(n_atoms / 2, positions, spacing, angle).sum())
         return [text + f" {thickest} columns are so thick that they scatter some per cent less than alone, as the correction says; of 40 atoms of gold a third of it is an atom." * bool(thickest)]
     if refused is not None:
-        found = f"residuals hold {abs(refused.value):.1f} of what these would take from each other, less than half"
+        found = f"residuals hold {max(refused.value, 0.0):.1f} of what these would take from each other, less than half"
         return [f"{thick.sum()} of {len(thick)} columns are so thick (up to {thickness.max():.0f} Å) that the beam spreads in them to their neighbours, but {found}. A series made as a sum of isolated columns looks like this, and nothing was corrected. If this one is measured, or simulated as a whole, something told is wrong; inference.superposition = \"corrected\" corrects it all the same."]
     limit = thickness[thick].min()
     return [f"{thick.sum()} of {len(thick)} columns are {limit:.0f} Å thick or more (up to {thickness.max():.0f} Å): the beam spreads in them towards their neighbours, and a sum of isolated columns is wrong by as much as the error bars say, which do not know of it."
