@@ -12,7 +12,7 @@ from scipy.special import jv
 from scipy.stats import norm, poisson
 
 from depthprob.errors import InputError
-from depthprob.inference.atoms import atom_information, information_of
+from depthprob.inference.atoms import atom_counts, atom_information, information_of
 from depthprob.inference.crlb import crlb
 from depthprob.inference.fisher import Information, fisher_information, poisson_fisher
 from depthprob.physics.detector import AnnularDetector
@@ -163,6 +163,16 @@ def test_bound_halves_when_dose_is_fourfold_and_moves_as_a_column():
     np.testing.assert_allclose(once.sd(), 2 * fourfold.sd(), rtol=1e-6)
     assert once.sd_together() < once.sd().min()
     assert sorted(line.split(":")[0] for line in once.in_words()) in (["atom 1 2", "atom 1 against atom 2"], ["atom 1 2", "atom 2 against atom 1"])
+
+
+@pytest.mark.parametrize("detector", [AnnularDetector(48.0, 90.0), AnnularDetector((48.0, 80.0), (60.0, 90.0))], ids=["annulus", "two annuli"])
+def test_bounds_on_single_atoms_are_those_of_whole_forms(detector):
+    column, series = Column("Au", 3, 4.08, 0.63), FocalSeries(np.arange(-100.0, 101, 20), 0.2, 9612.0, (31, 31))
+    counts = atom_counts(column, MICROSCOPE, detector, series)
+    expected = information_of(poisson_fisher(counts[0], counts[1:]))
+    found = atom_information(column, MICROSCOPE, detector, series)
+    np.testing.assert_allclose(found.sd_together(), expected.sd_together(), rtol=2e-3)
+    np.testing.assert_allclose(found.sd(), expected.sd(), rtol=0.02)
 
 
 def test_bounds_are_in_double_precision_whatever_the_setting():

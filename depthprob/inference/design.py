@@ -117,7 +117,7 @@ def radial_signals(
     lam = float(wavelength(microscope.energy))
     longest = Column(element, max(n_atoms), spacing, debye_waller_b)
     aperture = largest_angle * 1.02e-3 / lam
-    grams, modes = ring_grams(longest, float(microscope.energy), aperture, edges, parametrization, progress=progress)
+    grams, modes = ring_grams(longest, float(microscope.energy), aperture, edges, parametrization, unscattered=False, progress=progress)
     centre = (np.array(n_atoms) - max(n_atoms)) / 2 * spacing
     return _signals(grams[:, np.array(n_atoms) - 1], modes, centre, microscope, largest_angle, edges, farthest + spacing * max(n_atoms) / 2, field_of_view, tolerance)
 
@@ -253,7 +253,8 @@ def atom_bounds_by_angle(
 ) -> list[list[Information]]:
     """Information on the depth of a column and of its atoms under each lens (outer list) at each convergence semi-angle, all else known.
 
-    One pass serves all of them: `ring_grams` with exact derivatives, then integrals over one radius. The aperture's edge is soft, as in `ring_images`.
+    Each angle has a pass of its own, `ring_grams` with exact derivatives, then integrals over one radius: modes of a wider aperture would add up to its edge with an error
+    that moves bounds on single atoms by a sixth from 60 to 15 mrad. The aperture's edge is soft, as in `ring_images`.
 
     Parameters
     ----------
@@ -277,36 +278,33 @@ def atom_bounds_by_angle(
     for angle, (inner, outer) in zip(angles, annuli, strict=True):
         if inner < 1.05 * angle:
             raise InputError(f"the detector begins at {inner:g} mrad and the aperture ends at {angle:g}: the direct beam falls on it. Allowed is an inner angle from {1.05 * angle:.4g} on.")
-    energy = float(lenses[0].energy)
-    aperture = float(angles.max()) * 1.02e-3 / float(wavelength(energy))
-    edges = tuple(np.unique(annuli).tolist())
-    grams, modes = ring_grams(column, energy, aperture, edges, parametrization, True, progress)
-    widest_spread = max(float(lens.focal_spread) for lens in lenses)
-    farthest = float(abs(defocus).max()) + 4 * widest_spread + column.spacing * column.n_atoms / 2
-    plane = np.arange(-1, 2, 2) * (abs(defocus).max() + 4 * widest_spread)
-    step = 0.8 / (aperture**2 * float(wavelength(energy)))  # Å; an image varies with defocus at no more than wavelength aperture^2 / 2 per Å
-    planes = np.linspace(*plane, int(np.ceil(np.ptp(plane) / step)) + 1)
-    found = []
-    with jax.enable_x64(True):
-        base = _signals(grams, modes, np.zeros(grams.shape[1]), lenses[0], angles.max(), edges, farthest, field_of_view, 1e-8)
-        seen = [recorded(base, ring_sensitivity(jnp.asarray(annulus), base.edges)) for annulus in annuli]
-        # all entries lie in one plane: waves are made once for the lot of them, in the place of annuli
-        together = [dataclasses.replace(s, channels=[grams.swapaxes(0, 1) for grams in s.channels], centre=base.centre[:1], focal_spread=0.0) for s in seen]
-        area = np.asarray(base.area * base.inside) * dose
-        for lens in lenses:
-            spread = float(lens.focal_spread)
-            sharp = eqx.tree_at(lambda m: m.focal_spread, lens, 0.0)
-            z = planes if spread else defocus
-            weights = np.exp(-(((defocus[:, None] - z) / spread) ** 2) / 2) if spread else np.eye(len(z))
-            weights /= weights.sum(1, keepdims=True)
-            variance = float(lens.source_fwhm) ** 2 / (8 * np.log(2))
-            rows = []
-            for angle, signals in zip(progress(angles, desc="angles", unit="angle"), together, strict=True):
-                values = np.asarray(_series(dataclasses.replace(signals, microscope=sharp), jnp.asarray(angle), jnp.asarray(z), variance))
-                counts = np.einsum("fz,zcr->cfr", weights, values) * area
-                counts[0] = np.maximum(counts[0], DARKEST * area)
-                rows.append(information_of(poisson_fisher(counts[0], counts[1:])))
-            found.append(rows)
+    energy, lam = float(lenses[0].energy), float(wavelength(lenses[0].energy))
+    widest_spread = 4 * max(float(lens.focal_spread) for lens in lenses)
+    farthest = float(abs(defocus).max()) + widest_spread + column.spacing * column.n_atoms / 2
+    ends = np.arange(-1, 2, 2) * (abs(defocus).max() + widest_spread)
+    found: list[list[Information]] = [[None] * len(angles) for _ in lenses]
+    for angle in progress(np.unique(angles), desc="angles", unit="angle"):
+        at, aperture = np.flatnonzero(angles == angle), angle * 1.02e-3 / lam
+        edges = tuple(np.unique(annuli[at]).tolist())
+        grams, modes = ring_grams(column, energy, aperture, edges, parametrization, derivatives=True, progress=progress)
+        step = 0.8 / (aperture**2 * lam)  # Å; an image varies with defocus at no more than wavelength aperture^2 / 2 per Å
+        planes = np.linspace(*ends, int(np.ceil(np.ptp(ends) / step)) + 1)
+        with jax.enable_x64(True):
+            base = _signals(grams, modes, np.zeros(grams.shape[1]), lenses[0], angle, edges, farthest, field_of_view, 1e-8)
+            area = np.asarray(base.area * base.inside) * dose
+            for i in at:
+                seen = recorded(base, ring_sensitivity(jnp.asarray(annuli[i]), base.edges))
+                # all entries lie in one plane: waves are made once for the lot of them, in the place of annuli
+                together = dataclasses.replace(seen, channels=[grams.swapaxes(0, 1) for grams in seen.channels], centre=base.centre[:1], focal_spread=0.0)
+                for lens, rows in zip(lenses, found, strict=True):
+                    spread = float(lens.focal_spread)
+                    signals = dataclasses.replace(together, microscope=eqx.tree_at(lambda m: m.focal_spread, lens, 0.0))
+                    z = planes if spread else defocus
+                    weights = np.exp(-(((defocus[:, None] - z) / spread) ** 2) / 2) if spread else np.eye(len(z))
+                    values = np.asarray(_series(signals, jnp.asarray(angle), jnp.asarray(z), float(lens.source_fwhm) ** 2 / (8 * np.log(2))))
+                    counts = np.einsum("fz,zcr->cfr", weights / weights.sum(1, keepdims=True), values) * area
+                    counts[0] = np.maximum(counts[0], DARKEST * area)
+                    rows[i] = information_of(poisson_fisher(counts[0], counts[1:]))
     return found
 
 

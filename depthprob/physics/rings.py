@@ -109,22 +109,24 @@ def recorded_at_once(atom: Scatterer, detector: AnnularDetector, energy: float) 
     return _diffuse(((atom.core * sensitivity) @ atom.core.swapaxes(1, 2)).astype(complex), atom)
 
 
-def _paths(atom: Scatterer, waves: np.ndarray, n: int, spacing: float, slopes: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _paths(atom: Scatterer, waves: np.ndarray, n: int, spacing: float, slopes: bool, unscattered: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What `waves`, then the waves of a core, amount to in the core of the atom they meet after each step, and what rings record of them behind it.
 
     Both with entries in front: the value, then with `slopes` derivatives by each flight so far. Shapes (entry, l, R, w), (entry, ring, l, w, w).
     """
-    flight = np.exp(1j * atom.rate * spacing)[:, None]
+    flight, turn = np.exp(1j * atom.rate * spacing)[:, None], 1j * atom.rate[:, None]
     start = np.concatenate([waves, flight * atom.core.swapaxes(1, 2)], 2)
+    unseen = start * (not unscattered and np.arange(start.shape[2]) < waves.shape[2])
     entries = [start]
     for _ in range(n):
         if slopes:
-            entries.append(1j * atom.rate[:, None] * entries[0])
+            entries.append(turn * entries[0])
         cores = np.stack([real_times(atom.core, w) for w in entries])
         entries = [_through(w, atom) for w in entries]
-        recorded = [np.stack([entries[0][:, r].conj().swapaxes(1, 2) @ w[:, r] for r in atom.rings]) for w in entries]
+        seen = [entries[0] - unseen, *(w - turn * unseen for w in entries[1:])]
+        recorded = [np.stack([seen[0][:, r].conj().swapaxes(1, 2) @ w[:, r] for r in atom.rings]) for w in seen]
         yield cores, np.stack([recorded[0], *(g + _adjoint(g) for g in recorded[1:])])
-        entries = [flight * w for w in entries]
+        entries, unseen = [flight * w for w in entries], flight * unseen
 
 
 def _adjoint(form: np.ndarray) -> np.ndarray:
@@ -138,6 +140,7 @@ def ring_grams(
     edges: tuple[float, ...],
     parametrization: str = "lobato",
     derivatives: bool = False,
+    unscattered: bool = True,
     progress: Callable = lambda items, **_: items,
 ) -> tuple[Complex[np.ndarray, "ring entry l p p"], DiscModes]:
     """Gram blocks on each of the rings between `edges` [mrad], and their modes, whose plane halves the longest column.
@@ -149,13 +152,16 @@ def ring_grams(
     ----------
     aperture : float
         Largest incident frequency [1/Å].
+    unscattered : bool
+        False leaves out incident waves that reach the detector without meeting an atom. For detectors that begin within `aperture` and narrower probes, whose beam they do
+        not meet: modes of the whole aperture add up to its edge with an error of some per cent, which the bare beam would make brighter than the dark of an image.
     """
     n, spacing = column.n_atoms, float(column.spacing)
     modes = incident_disc(column, energy, aperture)
     atom = prepare_scatterer(column, energy, aperture, edges, parametrization)
     waves, p = _upon_top(column, modes, atom), modes.block_size
 
-    cores, recorded = zip(*progress(_paths(atom, waves, n, spacing, derivatives), total=n, desc="waves down the column", unit="atom"), strict=True)
+    cores, recorded = zip(*progress(_paths(atom, waves, n, spacing, derivatives, unscattered), total=n, desc="waves down the column", unit="atom"), strict=True)
     between, onto = [c[..., p:] for c in cores], [c[..., :p] for c in cores]
     left, seen = [g[..., p:, p:] for g in recorded], [g[..., :p, :p] for g in recorded]
     bare = np.stack([atom.core[:, :, r] @ atom.core[:, :, r].swapaxes(1, 2) for r in atom.rings]).astype(complex)
