@@ -98,6 +98,7 @@ def image_log_likelihoods(parameters: dict, problem: Problem) -> jax.Array:
 
 
 LARGEST_STEP = {"depth": 15.0, "log_background": 2.0, "source_variance": 0.03} | dict.fromkeys(AFFINE, 0.02)  # of scoring; 0.3 for the rest
+FLAT = 1e-3  # of the log-likelihood; a step of scoring that gains it starts 0.04 standard deviations from the maximum, and ends far nearer
 ROUGH = 0.1  # standard deviations from the maximum: near enough to count atoms by
 
 
@@ -211,7 +212,8 @@ def maximum(problem: Problem, progress=lambda items, **_: items, before: Mode | 
 def find_mode(problem: Problem, progress=lambda items, **_: items, close: float = 2e-3, max_iterations: int = 40, before: Mode | None = None) -> Mode:
     """Joint maximum of likelihood times weak priors by Fisher scoring with Levenberg damping.
 
-    Starts with a scan of one depth common to all columns, then scores until no step exceeds `close` standard deviations. `before` is for `local` alone.
+    Starts with a scan of one depth common to all columns, then scores until no step exceeds `close` standard deviations, or a whole one gains less than `FLAT`, or than
+    there is within `close` of a normal distribution's maximum: where an image's edge hides most of a column, its depth creeps for ever. `before` is for `local` alone.
     """
     precision = prior_precision(problem)
     base = to_vector(problem.start, problem)
@@ -230,14 +232,15 @@ def find_mode(problem: Problem, progress=lambda items, **_: items, close: float 
         while True:
             step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), score)
             limit = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in parameter_names(problem)])
-            step *= min(1.0, float(np.min(limit / np.maximum(abs(step), 1e-12))))
+            share = min(1.0, float(np.min(limit / np.maximum(abs(step), 1e-12))))
+            step *= share
             trial = float(objective(vector + step, problem))
             if trial >= value - 1e-6 or damping > 1e6:
                 break
             damping *= 8
+        gained, relative = trial - value, abs(step) / np.sqrt(np.diag(np.linalg.inv(hessian)))
         vector, value, damping = vector + step, trial, max(damping / 10, 1e-9)
-        relative = abs(step) / np.sqrt(np.diag(np.linalg.inv(hessian)))
-        if relative.max() < close:
+        if relative.max() < close or (share == 1.0 and gained < max(FLAT, close**2 / 2)):
             converged = True
             break
     parameters = from_vector(jnp.asarray(vector), problem)
