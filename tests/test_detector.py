@@ -6,7 +6,7 @@ import pytest
 
 from depthprob.errors import InputError
 from depthprob.physics.column_images import column_images
-from depthprob.physics.detector import AnnularDetector
+from depthprob.physics.detector import AnnularDetector, require_out_of_beam
 from depthprob.physics.electron import wavelength
 from depthprob.physics.frozen_phonon import build_gram
 from depthprob.physics.gram import laguerre_gauss_modes, prepare_sweep, sweep_column
@@ -145,3 +145,21 @@ def test_models_that_need_symmetry_refuse_a_map_and_a_tilt():
 def test_a_sensitivity_that_is_none_is_refused(measured, pixel, word):
     with pytest.raises(InputError, match=word):
         AnnularDetector(30.0, 60.0, measured, pixel)
+
+
+@pytest.mark.parametrize(
+    "detector",
+    [AnnularDetector(0.0, 10.0), AnnularDetector((15.0, 60.0), (25.0, 80.0)), AnnularDetector(0.0, 80.0, np.ones(41), 4.0)],
+    ids=["bright field", "annular bright field", "profile"],
+)
+def test_libraries_are_of_detectors_out_of_the_direct_beam(detector):
+    with pytest.raises(InputError, match="of the direct beam falls on the detector"):
+        require_out_of_beam(detector, 21.0)
+    with pytest.raises(InputError, match="Allowed is an inner angle from 21 mrad on"):
+        libraries.build_library(COLUMN, Microscope(ENERGY, 21.0), detector)
+
+
+def test_a_detector_may_begin_where_the_beam_ends_or_leave_a_hole_for_it():
+    hole = np.where(np.arange(41) * 4.0 < 28.0, 0.0005, 1.0)  # as measured
+    for detector in (AnnularDetector(21.0, 80.0), AnnularDetector(0.0, 80.0, hole, 4.0)):
+        require_out_of_beam(detector, 21.0)

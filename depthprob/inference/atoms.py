@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ..physics.column_images import at_points, column_images, plane_wave_images
-from ..physics.detector import AnnularDetector
+from ..physics.detector import AnnularDetector, require_out_of_beam
 from ..physics.electron import wavelength
 from ..physics.focal_series import FocalSeries
 from ..physics.frozen_phonon import CHEAP_ANGLE, CHEAP_CELL, thermal_draws
@@ -45,7 +45,13 @@ def atom_information(
     Thermal motion averaged in closed form, so without Monte-Carlo noise, and exact derivatives; sums in float64. Plain annuli go by `rings`, in a fifth of the time
     that `atom_counts` takes for ten atoms and with bounds up to 1.3 % lower. Lateral positions need not be free: the images' derivatives by them are odd, those by
     depths even, so they share no information. Read noise is not included.
+
+    Raises
+    ------
+    InputError
+        For a tilted column, and a detector that is not round or that the direct beam falls on.
     """
+    require_out_of_beam(detector, float(microscope.convergence_angle))
     if detector.measured is None:
         aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(microscope.energy))
         grams, modes = ring_grams(column, float(microscope.energy), aperture, detector.edges, parametrization, derivatives=True, progress=progress)

@@ -31,6 +31,7 @@ from ..physics.specimen import Column
 from .atoms import information_of
 from .fisher import Information, poisson_fisher
 
+CLEAR = 1.05  # times the convergence angle: a detector that begins there is out of the direct beam, whose edge is soft by 2 %
 DARKEST = 1e-9  # fraction of the beam per image below which a point holds no electrons
 ODD = ("positions", "image_shifts")  # their derivatives are odd about the column, those by depth even: they cost nothing
 PER_IMAGE = ("gain", "background")
@@ -100,7 +101,7 @@ def radial_signals(
     largest_angle : float
         Convergence semi-angle [mrad] up to which the result holds.
     edges : (ring + 1,)
-        Angles between which the detector is cut into rings [mrad].
+        Angles between which the detector is cut into rings [mrad]; the direct beam is not recorded where it falls on one.
     farthest : float
         Largest |defocus - depth| [Å].
     field_of_view : float
@@ -276,8 +277,8 @@ def atom_bounds_by_angle(
         _require_round(lens)
     angles, annuli, defocus = (np.asarray(a, float) for a in (angles, annuli, defocus))
     for angle, (inner, outer) in zip(angles, annuli, strict=True):
-        if inner < 1.05 * angle:
-            raise InputError(f"the detector begins at {inner:g} mrad and the aperture ends at {angle:g}: the direct beam falls on it. Allowed is an inner angle from {1.05 * angle:.4g} on.")
+        if inner < CLEAR * angle:
+            raise InputError(f"the detector begins at {inner:g} mrad and the aperture ends at {angle:g}: the direct beam falls on it. Allowed is an inner angle from {CLEAR * angle:.4g} on.")
     energy, lam = float(lenses[0].energy), float(wavelength(lenses[0].energy))
     widest_spread = 4 * max(float(lens.focal_spread) for lens in lenses)
     farthest = float(abs(defocus).max()) + widest_spread + column.spacing * column.n_atoms / 2

@@ -9,6 +9,7 @@ from scipy.ndimage import map_coordinates
 
 from ..errors import InputError
 
+DIM = 1e-3  # of the direct beam, that a measured sensitivity may seem to record
 SHARP = 1e-9  # mrad; a rim that no node of a quadrature falls into
 
 
@@ -104,6 +105,21 @@ class AnnularDetector(eqx.Module):
         places = [angle] if table.ndim == 1 else [y, x]
         middle = [0.0] if table.ndim == 1 else [(n - 1) / 2 for n in table.shape]
         return total * map_coordinates(table, [p / float(self.pixel_size) + m for p, m in zip(places, middle, strict=True)], order=1)
+
+
+def require_out_of_beam(detector: AnnularDetector, convergence_angle: float) -> None:
+    """Refuse a detector that the direct beam, out to the convergence semi-angle [mrad], falls on.
+
+    Images of columns do not add up in a beam that they share, and waves that meet a column are not all of it: further from the column it would be missing.
+    """
+    radius = (np.arange(64) + 0.5) / 64 * convergence_angle
+    azimuth = 2 * np.pi * np.arange(64)[:, None] / 64
+    seen = np.average(detector.sensitivity(radius * np.cos(azimuth), radius * np.sin(azimuth)).mean(0), weights=radius)
+    if seen > DIM:
+        raise InputError(
+            f"the detector's inner angle is {detector.edges[0]:g} mrad and the convergence angle {convergence_angle:g} mrad: {100 * seen:.3g} % of the direct beam falls on the detector. Columns' libraries are of "
+            f"what they scatter out of the beam. Allowed is an inner angle from {convergence_angle:g} mrad on, which also cuts a measured sensitivity; full multislice, of a structure file or simulate_particle, takes any."
+        )
 
 
 def _check_measured(table: np.ndarray, pixel_size: float | None) -> None:

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..io import read_atoms
 from ..physics import asymmetry
 from ..physics.column_images import is_round
-from ..physics.detector import AnnularDetector
+from ..physics.detector import AnnularDetector, require_out_of_beam
 from ..physics.electron import wavelength
 from ..physics.frozen_phonon import build_gram
 from ..physics.gram import ColumnGram, has_full_symmetry
@@ -71,6 +71,11 @@ def build_library(
     sampling : float, optional
         Of the potential [Å]; by default what the detector needs.
 
+    Raises
+    ------
+    InputError
+        For a detector that the direct beam falls on.
+
     Notes
     -----
     Kept in the user's cache with the Gram matrix behind it: another range, source size or aberration takes seconds, and an
@@ -98,6 +103,7 @@ def gram_of(
     `scramblings` are of the Monte-Carlo mean, the only way for a tilted column or a detector that is not round.
     """
     energy, angle = float(microscope.energy), float(microscope.convergence_angle)
+    require_out_of_beam(detector, angle)
     if model == "absorptive":
         return _by_first(ColumnGram, lambda: absorptive_gram(column, energy, angle, detector, parametrization, progress))
     wanted = {

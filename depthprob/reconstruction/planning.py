@@ -9,6 +9,7 @@ import numpy as np
 from ..config import Config
 from ..errors import InputError
 from ..inference.design import (
+    CLEAR,
     Columns,
     Plan,
     RadialSignals,
@@ -40,7 +41,7 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
     Raises
     ------
     InputError
-        For ranges that leave no room, several annuli to start from, a measured sensitivity, tilt, or aberrations that are not round.
+        For ranges that leave no room or nothing better than the given series, several annuli to start from, a measured sensitivity, tilt, or aberrations that are not round.
     """
     wanted, settings, microscope = config.design, config.focal_series, microscope_of(config)
     if any(config.specimen.tilt_mrad) or config.detector.sensitivity is not None:
@@ -64,8 +65,19 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
     own_angle = config.microscope.convergence_angle_mrad
     vary_angle = "convergence_angle" in wanted.vary
     angles = wanted.convergence_angle_range_mrad if vary_angle else (own_angle, own_angle)
-    largest = max(angles[1], own_angle)
     inner, outer = float(config.detector.inner[0]), float(config.detector.outer[0])
+    if inner < CLEAR * own_angle:
+        raise InputError(
+            f"detector.inner_mrad is {inner:g} and microscope.convergence_angle_mrad {own_angle:g}: the direct beam falls on the detector. Allowed is an inner angle from {CLEAR * own_angle:.4g} mrad on."
+        )
+    if vary_angle and "detector" not in wanted.vary:
+        if inner <= CLEAR * angles[0]:
+            raise InputError(
+                f"design.convergence_angle_range_mrad begins at {angles[0]:g} mrad and the detector, which does not vary, at {inner:g}: the direct beam falls on it. "
+                f'Allowed are angles below {inner / CLEAR:.4g} mrad, or "detector" in design.vary.'
+            )
+        angles = (angles[0], min(angles[1], inner / CLEAR))
+    largest = max(angles[1], own_angle)
     dose = np.broadcast_to(np.asarray(settings.dose, float), defocus.shape).copy()
     share = wanted.spread_share if "dose" in wanted.vary else 0.0
     space = Space(wanted.vary, room, angles, wanted.detector_range_mrad, defocus[: len(defocus) if share else 0], share * dose[: len(dose) if share else 0])
@@ -82,7 +94,13 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
     nuisances = tuple(n for n in wanted.nuisances)
     start = Plan(defocus, dose, np.array(own_angle), np.array([inner, outer]))
     seeded = start._replace(annuli=np.linspace(inner, outer, wanted.annuli + 1)) if "detector" in wanted.vary else start
-    bound = lambda plan: np.sqrt(np.asarray(depth_variances(Plan(*map(jnp.asarray, plan)), signals, columns, nuisances, jnp.asarray(z_grid))))
+
+    def bound(plan: Plan) -> np.ndarray:
+        """Of each column [Å]; not a number where the direct beam would fall on the detector."""
+        if plan.annuli[0] < CLEAR * float(plan.angle):
+            return np.full(len(columns.kind), np.nan)
+        return np.sqrt(np.asarray(depth_variances(Plan(*map(jnp.asarray, plan)), signals, columns, nuisances, jnp.asarray(z_grid))))
+
     score = lambda sd: float(np.sqrt(np.mean(sd**2)) if wanted.goal == "mean" else sd.max())
 
     plan, history = seeded._replace(dose=(1 - share) * dose), np.array([])
@@ -97,7 +115,10 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
     images, plan = plan, Plan(*map(np.asarray, with_kept(plan, space)))
     before, after = bound(start), bound(plan)
     if score(after) > score(before):
-        raise RuntimeError(f"the design found ({score(after):g} Å) is worse than the series it started from ({score(before):g} Å)")
+        raise InputError(
+            f"within the ranges of [design] and {wanted.steps} steps nothing was found that is better than the given series: {score(after):.4g} Å beside {score(before):.4g} Å. Ranges that leave out the "
+            "given foci or angles, and few steps, are the likely causes; widen design.defocus_range_A, convergence_angle_range_mrad or detector_range_mrad, or raise design.steps."
+        )
     gain = (score(before) / score(after)) ** 2
     foci = np.linspace(*room, 81)
     return {
