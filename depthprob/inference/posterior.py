@@ -113,6 +113,7 @@ def infer(
     return Posterior(estimate, draws, statistics, {"method": method, "seconds": seconds, "iterations": estimate.iterations, "converged": estimate.converged} | extra)
 
 
+LOOKED = 100  # draws whose images are made
 UNITS = {"depth": "angstrom", "x": "angstrom", "y": "angstrom", "gain": "1", "background": "fraction of the beam", "shift_x": "angstrom", "shift_y": "angstrom", "focus_offset": "angstrom", "focus_step": "1", "source_variance": "angstrom^2"} | dict.fromkeys((*SMOOTH, *AFFINE), "1")
 
 
@@ -120,7 +121,8 @@ def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     """ArviZ groups with named dims and units: whatever the installed ArviZ uses (InferenceData, or DataTree since 1.0).
 
     posterior (draws of every free parameter; gain and background as themselves), sample_stats, posterior_predictive (mean counts of
-    each image over draws, for at most 100 of them), log_likelihood (of each image, for every draw), of a large field after NUTS alone, else counts at the mode;
+    each image over draws, for at most 100 of them), log_likelihood (of each image, for every draw of NUTS, or for 100 of a normal's, with which `az.loo` wants reff=1), of a
+    large field after NUTS alone, else counts at the mode;
     observed_data (mean counts of each image), constant_data. With `relative` each draw's depths have mean zero.
     """
     draws = posterior.draws if posterior.draws is not None else to_vector(posterior.estimate.parameters, problem)[None, None]
@@ -147,11 +149,13 @@ def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     if posterior.statistics:
         groups["sample_stats"] = xr.Dataset({k: (("chain", "draw"), v) for k, v in posterior.statistics.items()}, {k: coords[k] for k in ("chain", "draw")})
     flat = draws.reshape(-1, draws.shape[-1])
-    picked = np.linspace(0, len(flat) - 1, min(100, len(flat))).astype(int)
+    picked = np.linspace(0, len(flat) - 1, min(LOOKED, len(flat))).astype(int)
     chosen = flat[picked]
     each = None
     if problem.draw is not None:
-        mean, each = np.asarray(_mean_counts(jnp.asarray(chosen), problem), float), _log_likelihoods(jnp.asarray(flat), problem)
+        if not posterior.statistics:  # independent draws, each as good as any
+            coords["draw"] = np.linspace(0, draws.shape[1] - 1, min(draws.shape[1], max(1, LOOKED // draws.shape[0]))).astype(int)
+        mean, each = np.asarray(_mean_counts(jnp.asarray(chosen), problem), float), _log_likelihoods(jnp.asarray(draws[:, coords["draw"]].reshape(-1, draws.shape[-1])), problem)
     elif posterior.statistics:
         with jax.enable_x64(True):
             each, mean = _images_of_large(jnp.asarray(flat), density.windowed(posterior.estimate.parameters, problem))
@@ -159,7 +163,7 @@ def to_arviz(posterior: Posterior, problem: Problem, relative: bool = False):
     else:
         mean = np.tile(local.rates(posterior.estimate.parameters, problem).mean((1, 2), dtype=float), (len(chosen), 1))
     if each is not None:
-        values = (np.asarray(each) - _count_terms(problem)).reshape(*draws.shape[:2], -1)
+        values = (np.asarray(each) - _count_terms(problem)).reshape(draws.shape[0], len(coords["draw"]), -1)
         groups["log_likelihood"] = xr.Dataset({"mean_counts": (("chain", "draw", "image"), values)}, {k: coords[k] for k in ("chain", "draw", "image")})
     n_pixels = np.prod(problem.series.shape)
     rng, pulse = np.random.default_rng(0), float(problem.dispersion)
