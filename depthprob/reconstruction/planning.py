@@ -176,7 +176,7 @@ def _landscape(start, plan, images, space, signals: RadialSignals, columns, nuis
         for angle in progress(angles, desc="angles", unit="angle"):
             there = [p._replace(angle=np.array(angle)) for p in (start, plan)]
             kept.append(score(bound(there[0])))
-            if timing:
+            if timing and plan.annuli[0] >= CLEAR * angle:
                 again_images, _ = optimise(images._replace(angle=np.array(angle)), space._replace(vary=timing), signals, columns, nuisances, wanted.goal, z_grid, wanted.steps)
                 there[1] = with_kept(again_images, space)
             again.append(score(bound(there[1])))
