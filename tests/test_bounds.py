@@ -119,6 +119,11 @@ def test_the_config_says_what_is_known_beforehand():
     assert vague["column_depth_sd_with_nuisances_A"]["focal_spread"] > 1.001 * each["focal_spread"]
 
 
+def test_atoms_that_need_more_memory_than_allowed_are_refused_before_the_work():
+    with pytest.raises(InputError, match=r"the 30 atoms of the column need about \d.* GB. Raise the limit or leave the atoms out"):
+        column_crlb(replace(settings(30, atoms=True), simulation=replace(Config().simulation, memory_limit_GB=2.0)))
+
+
 def test_a_single_atom_that_shakes_more_looks_like_a_wider_source(monkeypatch):
     """Blurred by u^2 = B / (8 pi^2) along each axis, whatever the atom: two unknowns that cost the same, to 2e-5 of a peak that libraries are true to. For a column that is no longer so."""
     monkeypatch.setattr(libraries, "LENGTHS", (2,))

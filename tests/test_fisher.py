@@ -12,6 +12,7 @@ from scipy.special import jv
 from scipy.stats import norm, poisson
 
 from depthprob.errors import InputError
+from depthprob.inference import fisher
 from depthprob.inference.atoms import atom_counts, atom_information, information_of
 from depthprob.inference.crlb import crlb
 from depthprob.inference.fisher import Information, fisher_information, poisson_fisher
@@ -80,10 +81,30 @@ def test_the_centroid_of_simulated_spots_scatters_by_the_bound():
 
 def test_information_does_not_depend_on_how_it_is_added_up():
     whole = fisher_information(blob, SPOT)
-    rows = fisher_information(lambda p, row: blob(p)[row], SPOT, parts=range(len(GRID)), at_once=3)
+    rows = fisher_information(lambda p, row: blob(p)[row], SPOT, parts=range(len(GRID)))
     np.testing.assert_allclose(rows.matrix, whole.matrix, rtol=1e-10, atol=1e-6)
     twice = fisher_information(lambda p: 2 * blob(p), SPOT)
     np.testing.assert_allclose(twice.matrix, (whole + whole).matrix, rtol=1e-6, atol=1e-3)
+
+
+MANY = {"counts": np.full(9, 1e5), "centre": np.stack(np.meshgrid(*[np.arange(8.0, 48.0, 16.0)] * 2), -1).reshape(-1, 2) + 0.3}
+
+
+def through_fourier_space(p):
+    """Nine spots 16 pixels apart and 1.5 wide, drawn as a microscopist's forward model may: with far more numbers on the way than come out."""
+    q = jnp.fft.fftfreq(48)
+    along_x, along_y = (jnp.exp(-2j * jnp.pi * q * p["centre"][:, i, None] - 2 * (jnp.pi * 1.5 * q) ** 2) for i in (0, 1))
+    return jnp.fft.ifft2(jnp.einsum("c,cy,cx->cyx", p["counts"], along_y, along_x)).real.sum(0)
+
+
+def test_fewer_derivatives_are_taken_together_where_memory_is_short(monkeypatch):
+    seen, compiled_within = [], fisher._compiled_within
+    monkeypatch.setattr(fisher, "_compiled_within", lambda *a: seen.append(compiled_within(*a)) or seen[-1])
+    generous, narrow = (fisher_information(through_fourier_space, MANY, memory_limit=limit) for limit in (1.0, 4e-3))
+    (at_once, _), (fewer, compiled) = seen
+    assert at_once == 27 and fewer < 14 and compiled.memory_analysis().temp_size_in_bytes <= 4e6
+    np.testing.assert_allclose(narrow.matrix, generous.matrix, rtol=1e-9, atol=1e-6)
+    np.testing.assert_allclose(narrow.sd("centre"), 1.5 / 1e5**0.5, rtol=1e-3)
 
 
 def test_bounds_do_not_depend_on_the_parameters_that_others_are_told_by():
@@ -136,7 +157,9 @@ def test_a_field_of_columns_is_one_model_of_many(library):
         (lambda: fisher_information(lambda p: p["n"][None], {"n": 3}), "no floating-point number"),
         (lambda: fisher_information(blob, SPOT, parts=[]), "there are no parts"),
         (lambda: fisher_information(blob, SPOT, read_variance=-1.0), "read_variance is -1.0"),
-        (lambda: fisher_information(blob, SPOT, at_once=0), "at_once 0"),
+        (lambda: fisher_information(blob, SPOT, memory_limit=0.0), "memory_limit 0.0"),
+        (lambda: fisher_information(blob, SPOT, memory_limit=1e-6), "4 derivatives of 2401 counts and their matrix take 0.00015"),
+        (lambda: fisher_information(lambda p: through_fourier_space(MANY | {"counts": jnp.full(9, p)}), 1e5, memory_limit=3e-4), "what the model makes on the way to one derivative take 0.0"),
         (lambda: fisher_information(blob, SPOT).sd("depth"), "no parameter 'depth'"),
         (lambda: fisher_information(blob, SPOT).known(), "no parameter was named"),
         (lambda: fisher_information(blob, SPOT).with_prior({"width": 0.0}), "width is 0.0; allowed are numbers above 0"),

@@ -26,7 +26,7 @@ from ..physics.gram import (
     symmetrised,
 )
 from ..physics.optics import Microscope
-from ..physics.rings import ring_grams
+from ..physics.rings import gigabytes_of_derivatives, ring_grams
 from ..physics.specimen import Column
 from ..physics.thermal import depth_derivatives, gram_of_depths, incident_disc, prepare_channel
 from .fisher import Information, poisson_fisher
@@ -60,6 +60,12 @@ def atom_information(
     else:
         counts = atom_counts(column, microscope, detector, series, parametrization=parametrization, progress=progress)
     return information_of(poisson_fisher(counts[0], counts[1:]))
+
+
+def gigabytes_of_atoms(column: Column, microscope: Microscope, detector: AnnularDetector) -> float:
+    """Memory that `atom_information` of plain annuli takes: it grows with the square of the number of atoms."""
+    energy = float(microscope.energy)
+    return 0.5 + gigabytes_of_derivatives(column, energy, float(microscope.convergence_angle) * 1e-3 / float(wavelength(energy)), detector.edges)
 
 
 def atom_counts(

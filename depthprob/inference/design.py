@@ -344,6 +344,7 @@ def ring_sensitivity(annuli: Float[Array, " edge"], edges: Float[Array, " ring"]
     return jax.vmap(cover)(annuli[:-1], annuli[1:])
 
 
+@partial(jax.jit, static_argnames="nuisances")
 def depth_variances(
     plan: Plan, signals: RadialSignals, columns: Columns, nuisances: tuple[str, ...], z_grid: Float[Array, " z"]
 ) -> Float[Array, " column"]:

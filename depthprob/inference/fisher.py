@@ -15,6 +15,8 @@ from ..errors import InputError
 from .problem import DARKEST
 
 KNOWN = 1e-12  # eigenvalues below this part of the largest are rounding: derivatives in single precision leave 1e-13
+TOGETHER = 64  # derivatives, at most
+BLOCK = 2**24  # numbers of a block of derivatives in double precision
 
 
 class Information(eqx.Module):
@@ -154,9 +156,12 @@ def poisson_fisher(expected: Float[np.ndarray, "..."], derivatives: Float[np.nda
     Read noise of variance v [e^2] enters as the shifted Poisson distribution does, n + v in place of n. A mean below `DARKEST` is taken for that: where counts
     cannot be negative, the derivative vanishes with the mean, and a pixel without any tells nothing to first order.
     """
-    n = np.asarray(expected, float).ravel()
-    rows = np.asarray(derivatives, float).reshape(len(derivatives), -1) / np.sqrt(np.maximum(n, DARKEST) + read_variance)
-    return rows @ rows.T
+    root = np.sqrt(np.maximum(np.asarray(expected, float).ravel(), DARKEST) + read_variance)
+    slopes, matrix = np.asarray(derivatives).reshape(len(derivatives), -1), np.zeros((len(derivatives),) * 2)
+    for pixels in np.array_split(np.arange(len(root)), max(1, slopes.size // BLOCK)):
+        rows = np.asarray(slopes[:, pixels], float) / root[pixels]
+        matrix += rows @ rows.T
+    return matrix
 
 
 def fisher_information(
@@ -165,14 +170,15 @@ def fisher_information(
     parts: Iterable[Any] | None = None,
     units: Mapping[str, str] | None = None,
     read_variance: float = 0.0,
-    at_once: int = 64,
+    memory_limit: float = 4.0,
     progress: Callable = lambda items, **_: items,
 ) -> Information:
     """Fisher information of Poisson counts on every float of `parameters`, from exact derivatives of any model.
 
     For means n_k > 0 the score is sum_k (N_k / n_k - 1) dn_k, with Var N_k = n_k, so F_ij = sum_k (dn_k/dtheta_i)(dn_k/dtheta_j) / n_k (`poisson_fisher`).
-    Derivatives are taken forwards, `at_once` of them together, in the precision of the model (`jax_enable_x64` for double); sums are float64. The derivatives
-    of one part are held at a time, 8 bytes for each pixel and parameter. Fields of thousands of columns have `crlb`, which knows which of them overlap.
+    Derivatives are taken forwards, up to 64 together and fewer where the model compiled for so many needs more memory than allowed, in the precision of the model
+    (`jax_enable_x64` for double); sums are float64. The derivatives of one part by all parameters are held at a time. What it takes is one evaluation of the model for each
+    parameter: fields of hundreds of columns have `crlb`, which knows which of them overlap.
 
     Parameters
     ----------
@@ -186,11 +192,14 @@ def fisher_information(
         Of whole arrays, "depths" rather than "depths[0]".
     read_variance : float
         Of the detector [e^2].
+    memory_limit : float
+        For derivatives and the matrix [GB], and as much again for what the model takes on the way.
 
     Raises
     ------
     InputError
-        Where expected counts are negative, or they or a derivative not finite; without parts or floats, for units of unknown parameters, and a negative variance.
+        Where expected counts are negative, or they or a derivative not finite; without parts or floats, for units of unknown parameters, a negative variance, and
+        where the limit is too low for one part.
     """
     free, held = eqx.partition(parameters, eqx.is_inexact_array_like)
     free = jax.tree.map(jnp.asarray, free)
@@ -200,27 +209,47 @@ def fisher_information(
     for name in units:
         if name not in of_array:
             raise InputError(f"units are given for {name!r}, which is no parameter. {nearest(name, dict.fromkeys(of_array))}")
-    if not (read_variance >= 0 and at_once >= 1):
-        raise InputError(f"read_variance is {read_variance!r} and at_once {at_once!r}; allowed are a variance from 0 on and a number of derivatives from 1 on.")
+    if not (read_variance >= 0 and memory_limit > 0):
+        raise InputError(f"read_variance is {read_variance!r} and memory_limit {memory_limit!r}; allowed are a variance from 0 on and GB above 0.")
     if not names:
         raise InputError("the parameters hold no floating-point number, so nothing can be differentiated; allowed is any pytree with some.")
 
-    @jax.jit  # equinox's leaves functions behind that fail in single precision after double
     def counts_and_slopes(flat, directions, part):
         counts = lambda theta: jnp.ravel(expected_counts(eqx.combine(unravel(theta), held), *part))
         return jax.vmap(lambda t: jax.jvp(counts, (flat,), (t,)), out_axes=(None, 0))(jax.nn.one_hot(directions, len(flat), dtype=flat.dtype))
 
-    batches = np.arange(int(np.ceil(len(names) / at_once)) * at_once).reshape(-1, at_once) if len(names) > at_once else np.arange(len(names))[None]
-    matrix = np.zeros((len(names),) * 2)
-    seen = 0
-    for seen, part in enumerate(progress([()] if parts is None else parts, desc="Fisher information", unit="part"), 1):
-        found = [counts_and_slopes(flat, directions, () if parts is None else (jax.tree.map(jnp.asarray, part),)) for directions in batches]
-        expected, slopes = np.asarray(found[0][0], float), np.concatenate([np.asarray(s, float) for _, s in found])[: len(names)]
+    matrix, shape, together, compiled = np.zeros((len(names),) * 2), None, 0, None
+    for piece in progress([()] if parts is None else parts, desc="Fisher information", unit="part"):
+        part = () if parts is None else (jax.tree.map(jnp.asarray, piece),)
+        there = jax.tree.map(lambda a: (a.shape, a.dtype), part)
+        if compiled is None or there != shape:
+            shape, (together, compiled) = there, _compiled_within(memory_limit, counts_and_slopes, flat, part)
+        found = [compiled(flat, first + np.arange(together), part) for first in range(0, len(names), together)]
+        expected, slopes = np.asarray(found[0][0], float), np.concatenate([np.asarray(s) for _, s in found])[: len(names)]
         _check(expected, slopes, names)
         matrix += poisson_fisher(expected, slopes, read_variance)
-    if not seen:
+    if compiled is None:
         raise InputError("there are no parts; allowed is one or more, or None for a model in one piece. An iterator that was used up is the likely cause.")
     return Information(matrix, names, tuple(units.get(name, "") for name in of_array))
+
+
+def _compiled_within(memory_limit: float, counts_and_slopes: Callable, flat: Array, part: PyTree) -> tuple[int, Callable]:
+    """How many derivatives [GB of memory for what is on the way to them] are taken together, and the function that takes so many."""
+    counts = jax.eval_shape(counts_and_slopes, flat, np.arange(1), part)[0]
+
+    def refuse_beyond_limit(gigabytes: float, what: str) -> None:
+        if gigabytes > memory_limit:
+            raise InputError(f"memory_limit is {memory_limit:g} GB, and {what} take {gigabytes:.2g}. Raise it, or give the counts in smaller parts: single images, or pieces of them.")
+
+    refuse_beyond_limit((8 * len(flat) + 2 * counts.dtype.itemsize * counts.size) * len(flat) * 1e-9, f"{len(flat)} derivatives of {counts.size} counts and their matrix")
+    together = min(TOGETHER, len(flat))
+    while True:
+        compiled = jax.jit(counts_and_slopes).lower(flat, np.arange(together), part).compile()
+        passing = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0) * 1e-9
+        refuse_beyond_limit(passing / together, "what the model makes on the way to one derivative")
+        if passing <= memory_limit:
+            return together, compiled
+        together = max(1, min(together - 1, int(together * memory_limit / passing)))
 
 
 def _names(tree: PyTree) -> tuple[tuple[str, ...], tuple[str, ...]]:

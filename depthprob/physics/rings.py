@@ -121,12 +121,16 @@ def _paths(atom: Scatterer, waves: np.ndarray, n: int, spacing: float, slopes: b
     for _ in range(n):
         if slopes:
             entries.append(turn * entries[0])
-        cores = np.stack([real_times(atom.core, w) for w in entries])
-        entries = [_through(w, atom) for w in entries]
-        seen = [entries[0] - unseen, *(w - turn * unseen for w in entries[1:])]
-        recorded = [np.stack([seen[0][:, r].conj().swapaxes(1, 2) @ w[:, r] for r in atom.rings]) for w in seen]
-        yield cores, np.stack([recorded[0], *(g + _adjoint(g) for g in recorded[1:])])
-        entries, unseen = [flight * w for w in entries], flight * unseen
+        cores, recorded = [], []
+        for e, wave in enumerate(entries):  # one at a time, for memory
+            cores.append(real_times(atom.core, wave))
+            wave = _through(wave, atom)
+            entries[e] = flight * wave
+            wave -= unseen if e == 0 else turn * unseen
+            first = wave if e == 0 else first
+            recorded.append(np.stack([first[:, r].conj().swapaxes(1, 2) @ wave[:, r] for r in atom.rings]))
+        yield np.stack(cores), np.stack([recorded[0], *(g + _adjoint(g) for g in recorded[1:])])
+        unseen = flight * unseen
 
 
 def _adjoint(form: np.ndarray) -> np.ndarray:
@@ -181,6 +185,16 @@ def ring_grams(
         by_depth = [a - b for a, b in zip(by_flight, [*by_flight[1:], 0.0], strict=True)]
         grams = [_of_source(seen[-1][0], [c[0] for c in onto], values, n + 1), *by_depth]
     return np.stack(grams, 1)[:, :, : modes.order + 1], modes
+
+
+def gigabytes_of_derivatives(column: Column, energy: float, aperture: float, edges: tuple[float, ...]) -> float:
+    """Memory that `ring_grams` takes for derivatives: cores of all atoms, forms of all flights, and the waves, by the number of atoms squared."""
+    modes = incident_disc(column, energy, aperture)
+    atom = prepare_scatterer(column, energy, aperture, edges)
+    n, core, rings = column.n_atoms, atom.core.shape[1], len(atom.rings)
+    wide = core + modes.block_size
+    numbers = n * (n + 3) / 2 * wide * (core + rings * wide) + n * (n - 1) / 2 * rings * core**2 + (n + 2) * len(atom.k) * wide
+    return 16e-9 * len(atom.hankel) * numbers
 
 
 def _of_source(recorded, paths, values, b):

@@ -7,13 +7,13 @@ import numpy as np
 
 from ..config import Config
 from ..errors import InputError
-from ..inference.atoms import atom_information
+from ..inference.atoms import atom_information, gigabytes_of_atoms
 from ..inference.crlb import crlb
 from ..physics.focal_series import Field, FocalSeries, counts_by_focal_variance, expected_counts
 from ..physics.gram import ColumnGram, has_full_symmetry
 from .joint import PRIOR_OF
 from .libraries import column_of, detector_of, gram_for, library_of, microscope_of, read_variance_of, z_range_of
-from .pipeline import GAUGE
+from .pipeline import GAUGE, refuse_beyond_limit
 
 ATOM_MODEL = (
     "independent thermal displacements, averaged in closed form: no Monte-Carlo error, hence a standard error of zero, and exact derivatives; "
@@ -44,6 +44,10 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     """
     n = config.specimen.n_atoms
     microscope, detector, settings = microscope_of(config), detector_of(config), config.focal_series
+    column = column_of(config, n)
+    by_atoms = config.crlb.atoms and has_full_symmetry(column, detector)
+    if by_atoms and config.simulation.memory_limit_GB is not None:
+        refuse_beyond_limit(config, gigabytes_of_atoms(column, microscope, detector), f"bounds on the {n} atoms of the column", "leave the atoms out (crlb.atoms = false)")
     largest = max(n, config.crlb.max_atoms or n)
     gram = gram_for(config, largest, progress)
     library = library_of(gram, microscope, z_range_of(config))
@@ -52,7 +56,6 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     defocus = settings.defocus
     dose = np.broadcast_to(np.asarray(settings.dose, float), defocus.shape)
     series = FocalSeries(defocus, settings.pixel_size_A, dose, shape, False)
-    column = column_of(config, n)
     centre = (shape[0] - 1) / 2 * settings.pixel_size_A
     zero = np.zeros(len(defocus))
     field_of_n = lambda n: Field(np.array([[centre, centre]]), np.array([n]), np.zeros(1), zero + 1e-7, zero + 1, np.zeros((len(defocus), 2)))
@@ -90,12 +93,12 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
     if config.crlb.max_atoms:
         numbers = range(1, config.crlb.max_atoms + 1)
         result["column_depth_sd_by_n_atoms_A"] = [bound((), m) for m in progress(numbers, desc="bounds", unit="column")]
-    if config.crlb.atoms and not has_full_symmetry(column, detector):
+    if config.crlb.atoms and not by_atoms:
         result["atom_model"] = (
             "none: bounds on single atoms come from a deterministic model with full rotational symmetry, which a tilted column or a detector "
             "with a measured map has not; theirs are null"
         )
-    elif config.crlb.atoms:
+    elif by_atoms:
         atoms = atom_information(column, microscope, detector, series, config.simulation.parametrization, progress)
         finite = [float(sd) if np.isfinite(sd) else None for sd in atoms.sd()]
         result |= {

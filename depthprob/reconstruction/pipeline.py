@@ -117,11 +117,11 @@ def progress_bar(quiet: bool):
     return lambda items, **k: tqdm(items, disable=quiet, **k)
 
 
-def refuse_beyond_limit(config: Config, gigabytes: float, what: str) -> None:
+def refuse_beyond_limit(config: Config, gigabytes: float, what: str, otherwise: str = "crop the series") -> None:
     """Raise InputError where `what` needs more memory than the config allows."""
     limit = config.simulation.memory_limit_GB
     if limit is not None and gigabytes > limit:
-        raise InputError(f"simulation.memory_limit_GB (--memory-limit) is {limit:g}; {what} need about {gigabytes:.1f} GB. Raise the limit or crop the series.")
+        raise InputError(f"simulation.memory_limit_GB (--memory-limit) is {limit:g}; {what} need about {gigabytes:.1f} GB. Raise the limit or {otherwise}.")
 
 
 def edge_mask(series: FocalSeries, positions: np.ndarray, focus: float, angle: float, near: float = 3.0) -> np.ndarray:
