@@ -28,6 +28,7 @@ from depthprob.physics.focal_series import FocalSeries
 from depthprob.physics.optics import Microscope
 from depthprob.physics.specimen import Column
 from depthprob.physics.thermal import thermal_gram
+from depthprob.reconstruction.bounds import column_crlb
 from depthprob.reconstruction.planning import design_series
 
 MICROSCOPE = Microscope(energy=3e5, convergence_angle=20.0, source_fwhm=0.7)
@@ -185,6 +186,18 @@ def test_angles_stay_clear_of_a_detector_that_is_held():
         planned({}, vary=["convergence_angle"], convergence_angle_range_mrad=[35.0, 50.0])
     with pytest.raises(InputError, match=r"Allowed is an inner angle from 22\.05 mrad on"):
         planned({"inner_mrad": 10.0})
+
+
+def test_a_plan_is_worth_what_the_bound_of_its_library_says():
+    # by the library in a square field, where design has a disc: 1.7 % apart. A ring that holds part of the beam's disc, cut by the detector's edge, would take 6 % off
+    found = planned({}, vary=["detector"], detector_range_mrad=[15.0, 90.0], steps=60)["best"]
+    inner, outer = found["detector_edges_mrad"]
+    assert 24 < inner < 26
+    config = config_from_dict({
+        "focal_series": {"defocus_start_A": -60.0, "defocus_stop_A": 60.0, "defocus_step_A": 30.0, "field_of_view_A": 8.0, "pixel_size_A": 0.2},
+        "specimen": {"n_atoms": 1}, "detector": {"inner_mrad": inner, "outer_mrad": outer}, "crlb": {"atoms": False},
+    })  # fmt: skip
+    assert found["depth_sd_A"] == pytest.approx(column_crlb(config)["column_depth_sd_A"], rel=0.025)
 
 
 @pytest.mark.slow

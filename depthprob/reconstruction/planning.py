@@ -27,7 +27,8 @@ from .libraries import column_geometry, microscope_of
 from .simulate import columns_of_structure
 
 Z_STEP = 8.0  # Å; half of it changes the bound by less than 0.1 %
-RING = 15.0  # mrad; a detector edge within a ring takes its share
+RING = 1.1  # outer over inner angle, of the rings that signals are recorded on while detector edges are sought; an edge within one takes its share, which moves bounds by up to 2 %
+NARROWEST = 15.0  # annulus [mrad]
 FEWEST = 1e-3  # of the dose; images below it are dropped
 MODEL = (
     "isolated columns, thermal motion averaged in closed form, each by itself: neighbours' tails are not in the bound. Positions and image shifts cost an "
@@ -81,15 +82,16 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
     dose = np.broadcast_to(np.asarray(settings.dose, float), defocus.shape).copy()
     share = wanted.spread_share if "dose" in wanted.vary else 0.0
     space = Space(wanted.vary, room, angles, wanted.detector_range_mrad, defocus[: len(defocus) if share else 0], share * dose[: len(dose) if share else 0])
-    if "detector" in wanted.vary and space.clearance * angles[1] > wanted.detector_range_mrad[1] - RING:
+    if "detector" in wanted.vary and space.clearance * angles[1] > wanted.detector_range_mrad[1] - NARROWEST:
         raise InputError(f"design.convergence_angle_range_mrad reaches {angles[1]:g} mrad and design.detector_range_mrad ends at {wanted.detector_range_mrad[1]:g}; no annulus fits between. Raise the latter.")
-    edges = _ring_edges(wanted.detector_range_mrad, inner, outer) if "detector" in wanted.vary else (inner, outer)
     farthest = max(abs(f - z) for f in (*room, *defocus) for z in columns.depth)
     spacing = column_geometry(config).spacing
-    signals = radial_signals(
-        config.specimen.element, spacing, config.specimen.debye_waller_b, tuple(n_atoms.tolist()), microscope, largest, edges,
+    signals_on = lambda edges: radial_signals(
+        config.specimen.element, spacing, config.specimen.debye_waller_b, tuple(n_atoms.tolist()), microscope, largest, tuple(edges),
         farthest, settings.field_of_view_A, config.simulation.parametrization, progress,
     )
+    begin = max(wanted.detector_range_mrad[0], space.clearance * min(angles[0], own_angle))
+    signals = signals_on(_ring_edges((begin, wanted.detector_range_mrad[1]), inner, outer) if "detector" in wanted.vary else (inner, outer))
     z_grid = np.arange(-farthest - 2 * Z_STEP, farthest + 3 * Z_STEP, Z_STEP)
     nuisances = tuple(n for n in wanted.nuisances)
     start = Plan(defocus, dose, np.array(own_angle), np.array([inner, outer]))
@@ -106,6 +108,11 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
     plan, history = seeded._replace(dose=(1 - share) * dose), np.array([])
     if {"convergence_angle", "detector"} & set(wanted.vary):
         plan, history = optimise(plan, space, signals, columns, nuisances, wanted.goal, z_grid, wanted.steps, progress=progress)
+    inners = np.zeros(0)
+    if "detector" in wanted.vary:  # its edges are known
+        low = max(space.detector[0], space.clearance * float(plan.angle))
+        inners = np.linspace(low, min(plan.annuli[1] - NARROWEST / 3, low + 60), 9)
+        signals = signals_on(np.unique([inner, outer, *plan.annuli, *inners]))
     timing = tuple(v for v in wanted.vary if v in ("defocus", "dose"))
     if timing:
         plan, polish = optimise(plan, space._replace(vary=timing), signals, columns, nuisances, wanted.goal, z_grid, 10 * wanted.steps, progress=progress)
@@ -136,7 +143,7 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
         "further_gain_in_dose_at_most": further_gain(images, signals, columns, nuisances, z_grid, foci) if wanted.goal == "mean" and "focus_step" not in nuisances else None,
         "spread_share": share,
         "depth_sd_by_step_A": history,
-        "landscape": _landscape(start, plan, images, space, signals, columns, nuisances, z_grid, foci, timing, wanted, bound, score, progress),
+        "landscape": _landscape(start, plan, images, space, signals, columns, nuisances, z_grid, foci, inners, timing, wanted, bound, score, progress),
         "nuisances": list(nuisances),
         "model": MODEL,
         "caution": (
@@ -147,12 +154,11 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
 
 
 def _ring_edges(room: tuple[float, float], *own: float) -> tuple[float, ...]:
-    """Edges of rings about `RING` wide over the range, the config's own detector angles among them [mrad]."""
-    low, high = min(room[0], *own), max(room[1], *own)
-    fixed = sorted({low, high, *own})
+    """Edges of rings over the range, the config's own detector angles among them [mrad]: each `RING` times the one before, since most of what is recorded is so near the beam."""
+    fixed = sorted({*room, *own})
     edges = [fixed[0]]
     for a, b in pairwise(fixed):
-        edges += np.linspace(a, b, max(1, round((b - a) / RING)) + 1)[1:].tolist()
+        edges += np.geomspace(a, b, max(1, round(np.log(b / a) / np.log(RING))) + 1)[1:].tolist()
     return tuple(edges)
 
 
@@ -167,7 +173,7 @@ def _described(plan: Plan, sd: np.ndarray, score) -> dict:
     }
 
 
-def _landscape(start, plan, images, space, signals: RadialSignals, columns, nuisances, z_grid, foci, timing, wanted, bound, score, progress) -> dict:
+def _landscape(start, plan, images, space, signals: RadialSignals, columns, nuisances, z_grid, foci, inners, timing, wanted, bound, score, progress) -> dict:
     """Bounds around the plan: by convergence angle, by inner detector angle, and what an image at each focus is worth."""
     found = {}
     if "convergence_angle" in wanted.vary:
@@ -181,9 +187,7 @@ def _landscape(start, plan, images, space, signals: RadialSignals, columns, nuis
                 there[1] = with_kept(again_images, space)
             again.append(score(bound(there[1])))
         found["convergence_angle"] = {"angle_mrad": angles, "depth_sd_of_given_foci_A": kept, "depth_sd_of_best_foci_and_detector_A": again}
-    if "detector" in wanted.vary:
-        low = max(space.detector[0], space.clearance * float(plan.angle))
-        inners = np.linspace(low, min(plan.annuli[1] - 5, low + 60), 9)
+    if len(inners):
         found["detector"] = {"inner_mrad": inners, "depth_sd_A": [score(bound(plan._replace(annuli=np.append(a, plan.annuli[1:])))) for a in inners]}
     worth = {}
     for name, p in (("given", start), ("best", plan)):
