@@ -234,7 +234,7 @@ def fisher_information(
 
 
 def _compiled_within(memory_limit: float, counts_and_slopes: Callable, flat: Array, part: PyTree) -> tuple[int, Callable]:
-    """How many derivatives [GB of memory for what is on the way to them] are taken together, and the function that takes so many."""
+    """How many derivatives are taken together, so that what the model makes on the way to them stays within the limit [GB], and the function compiled for so many."""
     counts = jax.eval_shape(counts_and_slopes, flat, np.arange(1), part)[0]
 
     def refuse_beyond_limit(gigabytes: float, what: str) -> None:
