@@ -119,6 +119,12 @@ def test_the_config_says_what_is_known_beforehand():
     assert vague["column_depth_sd_with_nuisances_A"]["focal_spread"] > 1.001 * each["focal_spread"]
 
 
+def test_a_structure_file_that_is_not_read_is_named():
+    alone = settings(1)
+    told, of_file = column_crlb(alone), column_crlb(replace(alone, thermal=Config().thermal, specimen=replace(alone.specimen, structure_file="rod.xyz")))
+    assert told["specimen"] == "one isolated column of 1 atoms" and "'rod.xyz' is not read" in of_file["specimen"]
+
+
 def test_atoms_that_need_more_memory_than_allowed_are_refused_before_the_work():
     with pytest.raises(InputError, match=r"the 30 atoms of the column need about \d.* GB. Raise the limit or leave the atoms out"):
         column_crlb(replace(settings(30, atoms=True), simulation=replace(Config().simulation, memory_limit_GB=2.0)))

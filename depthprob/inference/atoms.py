@@ -63,7 +63,7 @@ def atom_information(
 
 
 def gigabytes_of_atoms(column: Column, microscope: Microscope, detector: AnnularDetector) -> float:
-    """Memory that `atom_information` of plain annuli takes: it grows with the square of the number of atoms."""
+    """Memory that `atom_information` of plain annuli takes, half a GB of it whatever the column: the rest grows with the square of the number of atoms."""
     energy = float(microscope.energy)
     return 0.5 + gigabytes_of_derivatives(column, energy, float(microscope.convergence_angle) * 1e-3 / float(wavelength(energy)), detector.edges)
 

@@ -85,6 +85,7 @@ def column_crlb(config: Config, progress: Callable = lambda items, **_: items) -
         "field_of_view_A": settings.field_of_view_A,
         "dose_e_per_A2": float(dose.mean()),
         "n_atoms": n,
+        "specimen": f"one isolated column of {n} atoms" + (f"; specimen.structure_file {config.specimen.structure_file!r} is not read" if config.specimen.structure_file else ""),
         "library_depth_error_A": None if np.isnan(library.depth_error[n - 1]) else float(library.depth_error[n - 1]),
         "gauge": GAUGE,
         "atom_depth_sd_A": None,
