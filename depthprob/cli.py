@@ -181,15 +181,15 @@ def crlb(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Cramér-Rao bounds on the depths of a column and its atoms."""
+    """Cramér-Rao bounds on the depths of a column and its atoms, or of all columns of a structure file."""
     with _input_errors():
         settings = _settings(config)
         _check_output_file(output)
         _use_double_precision()
-        from .reconstruction.bounds import column_crlb
+        from .reconstruction.bounds import config_crlb
         from .reconstruction.pipeline import progress_bar
 
-        _hand_over(column_crlb(settings, progress_bar(quiet)), output, quiet)
+        _hand_over(config_crlb(settings, progress_bar(quiet)), output, quiet)
 
 
 @app.command()

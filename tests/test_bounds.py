@@ -1,7 +1,9 @@
 """Bounds of a column with more unknown than the library itself can move, and with something known beforehand."""
 
+import re
 from dataclasses import replace
 
+import ase
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from depthprob.physics.optics import Microscope
 from depthprob.physics.specimen import Column
 from depthprob.physics.thermal import thermal_gram
 from depthprob.reconstruction import libraries
-from depthprob.reconstruction.bounds import _grams_about, column_crlb
+from depthprob.reconstruction.bounds import _grams_about, column_crlb, config_crlb
 
 DEFOCUS = np.arange(-40.0, 121.0, 20.0)  # not even about the column: else depth and width would have nothing in common
 SERIES = FocalSeries(DEFOCUS, 0.3, np.full(len(DEFOCUS), 9612.0), (21, 21))
@@ -119,10 +121,90 @@ def test_the_config_says_what_is_known_beforehand():
     assert vague["column_depth_sd_with_nuisances_A"]["focal_spread"] > 1.001 * each["focal_spread"]
 
 
-def test_a_structure_file_that_is_not_read_is_named():
-    alone = settings(1)
-    told, of_file = column_crlb(alone), column_crlb(replace(alone, thermal=Config().thermal, specimen=replace(alone.specimen, structure_file="rod.xyz")))
-    assert told["specimen"] == "one isolated column of 1 atoms" and "'rod.xyz' is not read" in of_file["specimen"]
+@pytest.mark.parametrize("large", [False, True])
+def test_bounds_of_one_column_with_the_others_known(library, monkeypatch, large):
+    # beside derivatives by what that column alone has, and by what all images share
+    monkeypatch.setattr("depthprob.inference.crlb.LARGE", 1 if large else 200)
+    where = np.array([[3.0, 3.0], [4.6, 3.6], [7.5, 5.0]])
+    series = FocalSeries(DEFOCUS, 0.4, np.full(len(DEFOCUS), 9612.0), (20, 24))
+    field = replace(column_of(1), positions=where, n_atoms=np.array([4, 9, 6]), depths=np.array([-3.0, 0.0, 5.0]))
+
+    def counts(depth, place, log_gain, offset):
+        moved = replace(field, depths=jnp.asarray(field.depths).at[1].add(depth), positions=jnp.asarray(where).at[1].add(place), gain=jnp.exp(log_gain), focus_offset=offset)
+        return expected_counts(moved, library, series).astype(float)
+
+    slopes = jax.jacfwd(counts, (0, 1, 2, 3))(jnp.zeros(()), jnp.zeros(2), jnp.zeros(len(DEFOCUS)), jnp.zeros(()))
+    slopes = np.concatenate([np.asarray(s).reshape(*s.shape[:3], -1) for s in slopes], -1).reshape(-1, 13)
+    fisher = slopes.T @ (slopes / np.asarray(counts(0.0, jnp.zeros(2), jnp.zeros(len(DEFOCUS)), 0.0)).reshape(-1, 1))
+    for nuisances, free in (((), [0]), (("positions",), [0, 1, 2]), (("positions", "gain"), range(12)), (("gain", "focus_offset"), [0, *range(3, 13)])):
+        expected = np.linalg.inv(fisher[np.ix_(free, free)])[0, 0] ** 0.5
+        found = crlb(field, library, series, nuisances, others_known=True)
+        assert found[1] == pytest.approx(expected, rel=0.02 if large else 1e-4)
+        assert np.all(found <= crlb(field, library, series, nuisances) * (1 + 1e-9)) or "focus_offset" in nuisances
+
+
+def of_structure(folder, atoms, **sections):
+    atoms.write(folder / "particle.xyz", format="extxyz")
+    given = {"focal_series": {"defocus_start_A": -40.0, "defocus_stop_A": 120.0, "defocus_step_A": 20.0, "pixel_size_A": 0.4}, "specimen": {"structure_file": "particle.xyz"}}
+    return config_from_dict(given | sections, folder)
+
+
+def columns_of_gold(numbers, side, spread=0.0):
+    """Columns 4.08 Å apart of so many atoms, centred on z = 0, that lean by `spread` [Å] from one atom to the next."""
+    z = np.concatenate([4.08 * (np.arange(n) - (n - 1) / 2) for n in numbers])
+    x = np.repeat(side - 4.08 * (1 + np.arange(len(numbers))), numbers)
+    return ase.Atoms(["Au"] * len(z), np.stack([(x + spread * z / 4.08) % side, np.full(len(z), side / 2), z], 1), cell=[side, side, 60.0])
+
+
+def test_bounds_on_the_columns_of_a_structure_file(tmp_path, library):
+    config = of_structure(tmp_path, columns_of_gold([2, 6, 4], 20.0, 0.05), crlb={"nuisances": ["positions", "focus_offset"]})
+    told = config_crlb(config)
+    columns, rest = told["columns"], told["columns"]["depth_sd_with_nuisances_A"]
+    assert list(columns["n_atoms"]) == [2, 6, 4] and told["warning"] is None and told["field_of_view_A"] == [20.0, 20.0]
+    np.testing.assert_allclose(columns["x_A"], 20 - 4.08 * np.arange(1, 4), atol=1e-6)
+    # beside the field given by hand, from a library of another range
+    places = np.stack([20 - 4.08 * np.arange(1, 4), np.full(3, 10.0)], 1)
+    field = replace(column_of(1), positions=places, n_atoms=np.array([2, 6, 4]), depths=np.zeros(3), background=np.full(len(DEFOCUS), 1e-7))
+    series = replace(SERIES, pixel_size=0.4, shape=(50, 50))
+    np.testing.assert_allclose(columns["depth_sd_A"], crlb(field, library, series, (), others_known=True), rtol=5e-3)
+    np.testing.assert_allclose(rest["positions+focus_offset"], crlb(field, library, series, ("positions", "focus_offset")), rtol=5e-3)
+    assert told["column_depth_sd_A"] == np.median(columns["depth_sd_A"]) and told["column_depth_sd_with_nuisances_A"]["positions"] == np.median(rest["positions"])
+    assert np.all(columns["depth_sd_A"] <= rest["others"]) and np.all(rest["others"] <= rest["positions"]) and "relative" in told["gauge"]
+
+
+def test_one_column_of_a_structure_file_is_an_isolated_one(tmp_path):
+    gold = columns_of_gold([5], 8.4)  # in the middle of a pixel of 0.4 Å, as isolated columns are
+    gold.positions[:, :2] = 4.0
+    one = config_crlb(of_structure(tmp_path, gold, crlb={"nuisances": ["positions", "focus_offset"]}))
+    series = {"defocus_start_A": -40.0, "defocus_stop_A": 120.0, "defocus_step_A": 20.0, "pixel_size_A": 0.4, "field_of_view_A": 8.4}
+    other = config_crlb(config_from_dict({"focal_series": series, "specimen": {"n_atoms": 5}, "crlb": {"nuisances": ["positions", "focus_offset"], "atoms": False}}))
+    assert one["column_depth_sd_A"] == pytest.approx(other["column_depth_sd_A"], rel=1e-5)
+    assert one["column_depth_sd_with_nuisances_A"]["positions"] == pytest.approx(other["column_depth_sd_with_nuisances_A"]["positions"], rel=1e-5)
+    assert one["column_depth_sd_with_nuisances_A"]["focus_offset"] is None and one["undefined"] == other["undefined"] is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a: a.set_chemical_symbols(["Au"] * 4 + ["Cu"] * 2), "holds Au, Cu"),
+        (lambda a: a.set_positions(a.positions * [1, 1, 1.2]), "4.896 Å apart, and those of the config's crystal along specimen.zone_axis [0, 0, 1] 4.080 Å"),
+        (lambda a: a.translate([0, 0, 190.0]), "centred at z = 190.0 to 190.0 Å, and the foci reach from -40 to 120 Å"),
+        (lambda a: a.set_cell([20.1, 20.0, 60.0]), "no whole number of pixels"),
+        (lambda a: a.set_array("occupancy", np.full(6, 0.5)), "array occupancy"),
+    ],
+)
+def test_structures_that_have_no_columns_of_the_crystal_are_refused(tmp_path, change, said):
+    gold = columns_of_gold([2, 4], 20.0)
+    change(gold)
+    with pytest.raises(InputError, match=re.escape(said)):
+        config_crlb(of_structure(tmp_path, gold))
+
+
+def test_a_column_with_a_vacancy_is_told(tmp_path):
+    gold = columns_of_gold([2, 5, 4], 20.0)
+    del gold[4]
+    told = config_crlb(of_structure(tmp_path, gold, crlb={"nuisances": []}))
+    assert told["warning"].startswith("1 of 3 columns") and list(told["columns"]["n_atoms"]) == [2, 4, 4]
 
 
 def test_atoms_that_need_more_memory_than_allowed_are_refused_before_the_work():

@@ -58,6 +58,14 @@ class ArrowMatrix(NamedTuple):
         full[m:, m:] = self.corner
         return full
 
+    def groups(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks (n, p, p) of A, and rows (n, p, k) of B, of n groups of p places in the full vector that share a strip."""
+        rows = np.empty(len(self.order), int)
+        rows[self.order] = np.arange(len(self.order))
+        rows, at = rows[members], self.starts()
+        strip = np.searchsorted(at, rows[:, 0], side="right") - 1
+        return np.stack([self.diagonal[s][np.ix_(r - at[s], r - at[s])] for r, s in zip(rows, strip, strict=True)]), self.border[rows]
+
 
 def plus_diagonal(matrix: ArrowMatrix, extra: np.ndarray, corner: np.ndarray | float = 0.0) -> ArrowMatrix:
     """With `extra` (size,) added to the diagonal, in the order of the full vector, and `corner` (k, k) to the nuisances' block."""

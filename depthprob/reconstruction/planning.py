@@ -55,7 +55,10 @@ def design_series(config: Config, progress: Callable = lambda items, **_: items)
             f"detector.inner_mrad is {list(config.detector.inner)}; design starts from one annulus, since it counts annuli separately and the config adds "
             "them up. Give two numbers, and design.annuli for how many may be recorded at once."
         )
-    given = wanted.columns or columns_of_structure(config) or ((config.specimen.n_atoms, 0.0),)
+    given = wanted.columns or ((config.specimen.n_atoms, 0.0),)
+    if not wanted.columns and config.specimen.structure_file:
+        found = columns_of_structure(config)
+        given = tuple(zip(found.n_atoms, found.depths, strict=True))
     pairs = [(int(n), float(z) + d) for n, z in given for d in {-wanted.depth_range_A, 0.0, wanted.depth_range_A}]
     n_atoms, kind = np.unique([n for n, _ in pairs], return_inverse=True)
     columns = Columns(kind, np.array([z for _, z in pairs]))

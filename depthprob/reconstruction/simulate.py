@@ -1,8 +1,12 @@
 """Focal series of a column or of a structure file, and the columns that such a file holds."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
 from ..config import Config
 from ..errors import InputError
@@ -11,8 +15,11 @@ from ..physics.gram import default_sampling
 from ..physics.particle import images_from_gram, simulate_particle
 from ..physics.specimen import debye_waller_b_from_rms
 from ..stack import Stack
-from .libraries import detector_of, library_for, microscope_of
+from .libraries import column_geometry, detector_of, library_for, microscope_of
 from .pipeline import progress_bar
+
+SAME_COLUMN = 0.3  # Å aside, of atoms one above the other
+UNEVEN = 0.1  # of the crystal's spacing
 
 
 def simulate(config: Config, noise: bool = True, quiet: bool = False, checkpoint: Path | None = None) -> Stack:
@@ -29,14 +36,12 @@ def simulate(config: Config, noise: bool = True, quiet: bool = False, checkpoint
     microscope, detector = microscope_of(config), detector_of(config)
     if config.specimen.structure_file:
         structure, cell = read_structure(config)
+        shape = shape_of_cell(cell, pixel)
         sampling = config.simulation.potential_sampling_A or default_sampling(microscope.energy, detector.outermost, microscope.convergence_angle)
         halves, waves = simulate_particle(
             structure.positions, structure.get_chemical_symbols(), structure.arrays["debye_waller_B_A2"], cell, microscope, detector, config.thermal.configurations,
             config.thermal.seed, sampling, config.simulation.parametrization, checkpoint, progress, structure.arrays["occupancy"], config.specimen.tilt_mrad,
         )
-        shape = tuple(round(side / pixel) for side in cell[::-1])
-        if any(abs(n * pixel - side) > 1e-3 * pixel * n for n, side in zip(shape[::-1], cell, strict=True)):
-            raise InputError(f"pixel_size_A is {pixel:g} Å, but the cell of {cell[0]:g} x {cell[1]:g} Å is no whole number of pixels. Choose one that divides both sides.")
         weight = (config.thermal.configurations + 1) // 2 / config.thermal.configurations
         fraction = images_from_gram(weight * halves[0] + (1 - weight) * halves[1], waves, cell, microscope, defocus, shape)
     else:
@@ -74,14 +79,66 @@ def read_structure(config: Config):
     return atoms, (float(cell[0, 0]), float(cell[1, 1]))
 
 
-def columns_of_structure(config: Config) -> tuple[tuple[int, float], ...]:
-    """(number of atoms, depth [Å]) of every column of the config's structure file; empty without one."""
-    if not config.specimen.structure_file:
-        return ()
-    structure, _ = read_structure(config)
+class StructureColumns(NamedTuple):
+    """Columns of a structure file.
+
+    Attributes
+    ----------
+    positions : (C, 2)
+        [Å].
+    n_atoms : (C,) int
+    depths : (C,)
+        Mean z of the atoms [Å].
+    broken : (C,) bool
+        Whether its atoms are not evenly spaced as the crystal's.
+    cell : (Lx, Ly)
+        [Å].
+    """
+
+    positions: np.ndarray
+    n_atoms: np.ndarray
+    depths: np.ndarray
+    broken: np.ndarray
+    cell: tuple[float, float]
+
+
+def columns_of_structure(config: Config) -> StructureColumns:
+    """Columns along z of the atoms in the config's structure file.
+
+    Raises
+    ------
+    InputError
+        For atoms of other elements, sites partly filled, and atoms along z that are not spaced as the config's crystal along its zone axis.
+    """
+    structure, cell = read_structure(config)
     elements = sorted(set(structure.get_chemical_symbols()))
     if elements != [config.specimen.element]:
-        raise InputError(f"specimen.structure_file holds {', '.join(elements)}; design follows columns of specimen.element, {config.specimen.element}, alone.")
+        raise InputError(f"specimen.structure_file holds {', '.join(elements) or 'no atoms'}; bounds and plans are of columns of specimen.element, {config.specimen.element}, alone.")
+    if np.any(structure.arrays["occupancy"] != 1):
+        raise InputError("specimen.structure_file has an array occupancy with sites partly filled; bounds and plans are of columns of whole atoms. Leave it out, or take away what is not there.")
     atoms = structure.positions
-    column = np.unique(atoms[:, :2].round(1), axis=0, return_inverse=True)[1].ravel()
-    return tuple((int(np.sum(column == c)), float(atoms[column == c, 2].mean())) for c in range(column.max() + 1))
+    pairs = cKDTree(np.mod(atoms[:, :2], cell), boxsize=cell).query_pairs(SAME_COLUMN, output_type="ndarray")
+    count, column = connected_components(coo_array((np.ones(len(pairs)), pairs.T), shape=(len(atoms), len(atoms))), directed=False)
+    first = atoms[np.unique(column, return_index=True)[1], :2][column]
+    beside = np.mod(atoms[:, :2] - first + np.array(cell) / 2, cell) - np.array(cell) / 2
+    n_atoms = np.bincount(column, minlength=count)
+    mean = lambda values: np.bincount(column, values) / n_atoms
+    order = np.lexsort((atoms[:, 2], column))
+    steps, within = np.diff(atoms[order, 2]), np.diff(column[order]) == 0
+    spacing = column_geometry(config).spacing
+    if within.any() and abs(np.median(steps[within]) - spacing) > UNEVEN * spacing:
+        raise InputError(
+            f"atoms along z in specimen.structure_file are {np.median(steps[within]):.3f} Å apart, and those of the config's crystal along specimen.zone_axis {list(config.specimen.zone_axis)} {spacing:.3f} Å. "
+            "Turn the structure so that its columns lie along z, or give its crystal and zone axis."
+        )
+    uneven = within & (abs(steps - spacing) > UNEVEN * spacing)
+    positions = np.stack([mean(first[:, k] + beside[:, k]) for k in range(2)], 1)
+    return StructureColumns(positions, n_atoms, mean(atoms[:, 2]), np.bincount(column[order][:-1], uneven, count) > 0, cell)
+
+
+def shape_of_cell(cell: tuple[float, float], pixel: float) -> tuple[int, int]:
+    """(ny, nx) of an image of a whole cell (Lx, Ly) [Å]."""
+    shape = tuple(round(side / pixel) for side in cell[::-1])
+    if any(abs(n * pixel - side) > 1e-3 * pixel * n for n, side in zip(shape[::-1], cell, strict=True)):
+        raise InputError(f"pixel_size_A is {pixel:g} Å, but the cell of {cell[0]:g} x {cell[1]:g} Å is no whole number of pixels. Choose one that divides both sides.")
+    return shape
