@@ -31,8 +31,8 @@ RING = 1.1  # outer over inner angle, of the rings that signals are recorded on 
 NARROWEST = 15.0  # annulus [mrad]
 FEWEST = 1e-3  # of the dose; images below it are dropped
 MODEL = (
-    "isolated columns, thermal motion averaged in closed form, each by itself: neighbours' tails are not in the bound. Positions and image shifts cost an "
-    "isolated column nothing. Pixels are taken to be fine (below wavelength / 4 convergence angle); pixel size then plays no part at a given dose per area"
+    "isolated columns, thermal motion averaged in closed form, each by itself: neighbours' tails are not in the bound (those of `crlb` with specimen.structure_file have them). "
+    "Positions and image shifts cost an isolated column nothing. Pixels are taken to be fine (below wavelength / 4 convergence angle); pixel size then plays no part at a given dose per area"
 )
 
 
