@@ -43,11 +43,11 @@ class RadialSignals(eqx.Module):
 
     Attributes
     ----------
-    channels : list over l of (column, ring, p, p)
-        Gram blocks in the modes that matter; of annuli instead of rings behind `recorded`.
-    spectra : list over l of (p, k)
+    channels : list over groups of (column, ring, l, p, p)
+        Gram blocks in the modes that matter, of angular momenta with much the same number of them, filled up with zeros; of annuli instead of rings behind `recorded`.
+    spectra : list over groups of (l, p, k)
         Those modes' radial parts, with quadrature weight.
-    bessels : (l, r, k)
+    bessels : list over groups of (l, r, k)
         J_l(2 pi r k).
     k, k_weight : (k,)
         [1/Å]; weights of the integral over d^2k.
@@ -139,7 +139,7 @@ def _signals(grams, modes: DiscModes, centre, microscope: Microscope, largest_an
     q, w_q = _nodes(2 * aperture, int(4 * aperture * widest * 1.2) + 20)
     j_l = bessel(modes.order, 2 * np.pi * np.outer(r, k))
     channels, spectra, bessels = [], [], []
-    strongest = abs(chosen).max()
+    strongest, largest = abs(chosen).max(), 0
     for l in range(modes.order + 1):
         radial = radial_modes(modes, l, k)
         blocks = chosen[:, :, l, : len(radial), : len(radial)]
@@ -148,13 +148,18 @@ def _signals(grams, modes: DiscModes, centre, microscope: Microscope, largest_an
         if not kept.shape[1]:
             continue
         both = 2.0 if l else 1.0  # l and -l
-        channels.append(jnp.asarray(both * np.einsum("pa,crpq,qb->crab", kept.conj(), blocks, kept)))
-        spectra.append(jnp.asarray(kept.conj().T @ (radial.conj() * 2 * np.pi * k * w_k)))
-        bessels.append(jnp.asarray(j_l[l]))
+        if 2 * kept.shape[1] <= largest or not channels:  # a group of its own: each is compiled once
+            largest = kept.shape[1]
+            for kind in (channels, spectra, bessels):
+                kind.append([])
+        kept = np.pad(kept, [(0, 0), (0, max(0, largest - kept.shape[1]))])
+        channels[-1].append(both * np.einsum("pa,crpq,qb->crab", kept.conj(), blocks, kept))
+        spectra[-1].append(kept.conj().T @ (radial.conj() * 2 * np.pi * k * w_k))
+        bessels[-1].append(j_l[l])
     kernel = j0(2 * np.pi * np.outer(q, r))
     array = lambda a: jnp.asarray(a, float)
     return RadialSignals(
-        channels, spectra, bessels, array(k), array(2 * np.pi * k * w_k), array(r), array(2 * np.pi * r * w_r),
+        [jnp.asarray(np.stack(group, 2)) for group in channels], *([jnp.asarray(np.stack(group)) for group in kind] for kind in (spectra, bessels)), array(k), array(2 * np.pi * k * w_k), array(r), array(2 * np.pi * r * w_r),
         array(r <= field_of_view / np.sqrt(np.pi)), array(kernel * 2 * np.pi * r * w_r), array(kernel.T * 2 * np.pi * q * w_q),
         array(q), array(centre), array(edges), microscope, float(microscope.focal_spread),
     )
@@ -167,7 +172,7 @@ def _nodes(end: float, n: int):
 
 def recorded(signals: RadialSignals, sensitivity: Float[Array, "annulus ring"]) -> RadialSignals:
     """The same with annuli in the place of rings, so that images need not be made ring by ring."""
-    seen = lambda part: jnp.einsum("ai,cipq->capq", sensitivity, part)  # of real parts: JAX 0.8 warns of a real gradient of complex products
+    seen = lambda part: jnp.einsum("ai,cilpq->calpq", sensitivity, part)  # of real parts: JAX 0.8 warns of a real gradient of complex products
     return dataclasses.replace(signals, channels=[jax.lax.complex(seen(grams.real), seen(grams.imag)) for grams in signals.channels])
 
 
@@ -189,14 +194,14 @@ def ring_images(signals: RadialSignals, angle: Array, z: Array, source_variance:
         total = 0.0
         for gram, spectrum, j_l in zip(of_column, signals.spectra, signals.bessels, strict=True):
             sent = spectrum * a
-            waves = jax.lax.complex(sent.real @ j_l.T, sent.imag @ j_l.T)  # a real matrix need not be made complex
-            total = total + jnp.einsum("pr,ipq,qr->ir", waves.conj(), gram, waves).real
+            waves = jax.lax.complex(*(part @ j_l.swapaxes(1, 2) for part in (sent.real, sent.imag)))  # a real matrix need not be made complex
+            total = total + jnp.einsum("lpr,ilpq,lqr->ir", waves.conj(), gram, waves).real
         return total
 
     spread = signals.focal_spread
     nodes, share = np.polynomial.hermite_e.hermegauss(5 if spread else 1)
     sharp = sum(
-        s * jnp.stack([image(z + spread * node, signals.centre[c], [g[c] for g in signals.channels]) for c in range(len(signals.centre))])
+        s * jax.vmap(partial(image, z + spread * node))(signals.centre, signals.channels)
         for node, s in zip(nodes, share / share.sum(), strict=True)
     )
     blurred = jnp.exp(-2 * jnp.pi**2 * signals.q**2 * source_variance)
