@@ -5,9 +5,11 @@ import shutil
 import tempfile
 from importlib import resources
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and commands that tests run, compile a function once for all
-    COMPILED = tempfile.mkdtemp()
+if "PYTEST_XDIST_WORKER" not in os.environ:  # for workers, and commands that tests run
+    COMPILED = tempfile.mkdtemp()  # a function is compiled once for all
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    # there is a worker for every core: threads of NumPy beside them wait for each other in loops that cost half of all processor time
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 import jax
 import pytest
