@@ -5,9 +5,15 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, maximum_filter
-from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse import coo_array, coo_matrix, csr_matrix
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
 from ..inference.arrow import ArrowFactor, ArrowMatrix, plus_diagonal, strips
+
+EDGE = 0.5  # Å from an edge within which columns are not looked for,
+RIM = EDGE + 0.1  # and may not be found, since the drift moves them
+NEAR = 3.0  # Å from an edge up to which a crystal is taken to go on beyond it
 
 
 class ColumnFit(NamedTuple):
@@ -54,7 +60,7 @@ def find_columns(image: np.ndarray, pixel_size: float, periodic: bool = False, n
 
     The image is softened by 0.35 Å, under the width of any column that an aperture resolves, or less where columns are nearer than 2 Å; a maximum counts when it is the
     highest within 0.7 Å, or half of `nearest`, and rises above the lowest point within 1.6 Å by `significance` of the typical maximum.
-    Columns closer than 0.5 Å to an edge that does not wrap are left out.
+    Columns closer than `EDGE` to an edge that does not wrap are left out.
     """
     mode = "wrap" if periodic else "nearest"
     soft = gaussian_filter(np.asarray(image, float), 0.35 * min(1.0, nearest / 2) / pixel_size, mode=mode)
@@ -72,10 +78,39 @@ def find_columns(image: np.ndarray, pixel_size: float, periodic: bool = False, n
     iy, ix = np.nonzero(peaks)
     if not periodic:
         ny, nx = image.shape
-        edge = 0.5 / pixel_size
+        edge = EDGE / pixel_size
         inside = (ix >= edge) & (ix <= nx - 1 - edge) & (iy >= edge) & (iy <= ny - 1 - edge)
         iy, ix = iy[inside], ix[inside]
     return (np.stack([ix, iy], 1) + peak_offsets(soft, iy, ix)) * pixel_size
+
+
+def columns_beyond(positions: np.ndarray, extent: np.ndarray, reach: float) -> np.ndarray:
+    """Where columns (m, 2) [Å] may stand that an image from (0, 0) to `extent` (x, y) does not show, up to `reach` Å beyond its edges.
+
+    Those are places of neighbours that columns within `NEAR` of an edge lack beyond it, and the ones behind them in the same direction, which lie beyond an edge, or within `RIM` of it,
+    where columns are not looked for; a place well inside where none was found is taken for empty, and nothing asked for behind it.
+    """
+    if len(positions) < 5:
+        return np.empty((0, 2))
+    tree = cKDTree(positions)
+    nearest, fourth = np.median(tree.query(positions, 5)[0][:, [1, 4]], 0)  # of a pair of columns that is repeated, one is not enough
+    pairs = tree.query_pairs(1.5 * fourth, output_type="ndarray")
+    apart = positions[pairs[:, 1]] - positions[pairs[:, 0]]
+    apart = np.concatenate([apart, -apart])
+    alike = cKDTree(apart).query_pairs(0.15 * nearest, output_type="ndarray")
+    count, kind = connected_components(coo_array((np.ones(len(alike)), alike.T), shape=(len(apart),) * 2), directed=False)
+    often = np.bincount(kind, minlength=count) >= 0.15 * len(positions)
+    sides = lambda at: np.concatenate([-at, at - extent], 1)  # how far beyond each edge
+    places = [np.empty((0, 2))]
+    for v in np.stack([np.bincount(kind, part) for part in apart.T], 1)[often] / np.bincount(kind)[often, None]:
+        ahead = positions[((sides(positions + v) <= -RIM) | (sides(positions) > -NEAR)).all(1)]
+        while len(ahead):
+            ahead = ahead + v
+            away = sides(ahead).max(1)
+            ahead = ahead[(away > -RIM) & (away < reach)]
+            ahead = ahead[tree.query(ahead)[0] > 0.4 * nearest] if len(ahead) else ahead
+            places.append(ahead)
+    return np.concatenate(places)
 
 
 def peak_offsets(image: np.ndarray, iy: np.ndarray, ix: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from .. import processes
@@ -26,7 +27,7 @@ from ..physics.focal_series import Field, FocalSeries
 from ..physics.library import ColumnLibrary
 from ..stack import Stack
 from . import quality, superposition
-from .columns import ColumnFit, central_average, find_columns, fit_columns
+from .columns import ColumnFit, central_average, columns_beyond, find_columns, fit_columns
 from .counting import Counts, Mixture, count_by_hybrid, count_by_library, gaussian_mixture_counts
 from .drift import estimate_drift, shift_images
 from .joint import SCALE_SD, by_windows, column_depths, fit_jointly, forecast, pose, starting_depths
@@ -124,29 +125,15 @@ def refuse_beyond_limit(config: Config, gigabytes: float, what: str, otherwise: 
         raise InputError(f"simulation.memory_limit_GB (--memory-limit) is {limit:g}; {what} need about {gigabytes:.1f} GB. Raise the limit or {otherwise}.")
 
 
-def edge_mask(series: FocalSeries, positions: np.ndarray, focus: float, angle: float, near: float = 3.0) -> np.ndarray:
-    """Pixels the likelihood may use (F, ny, nx): all but those that columns outside the field can reach.
-
-    Where columns come within `near` Å of an edge the particle is taken to go on beyond it; there each image loses a border as wide
-    as the probe at its defocus from `focus` [Å] and 1.2 Å.
-    """
-    n_foci, (ny, nx), px = len(series.defocus), series.shape, series.pixel_size
-    used = np.ones((n_foci, ny, nx), bool)
-    if series.periodic:
-        return used
-    x, y = np.arange(nx) * px, (np.arange(ny) * px)[:, None]
+def edge_mask(series: FocalSeries, positions: np.ndarray, focus: float, angle: float) -> np.ndarray:
+    """Pixels the likelihood may use (F, ny, nx): all but those that columns beyond the field, where the crystal goes on, can reach: as far as the probe at their defocus from `focus` [Å] and 1.2 Å."""
+    (ny, nx), px = series.shape, series.pixel_size
     reach = 1e-3 * angle * abs(np.asarray(series.defocus) - focus) + 1.2
-    width, height = (nx - 1) * px, (ny - 1) * px
-    distances = {
-        "left": (positions[:, 0], x),
-        "right": (width - positions[:, 0], width - x),
-        "top": (positions[:, 1], y),
-        "bottom": (height - positions[:, 1], height - y),
-    }
-    for of_columns, of_pixels in distances.values():
-        if np.min(of_columns) < near:
-            used &= of_pixels[None] >= reach[:, None, None]
-    return used
+    beyond = np.empty((0, 2)) if series.periodic else columns_beyond(positions, (np.array([nx, ny]) - 1) * px, float(reach.max()))
+    if not len(beyond):
+        return np.ones((len(reach), ny, nx), bool)
+    pixels = np.stack(np.meshgrid(np.arange(nx), np.arange(ny)), -1) * px
+    return cKDTree(beyond).query(pixels)[0] >= reach[:, None, None]
 
 
 def library_cross_sections(library: ColumnLibrary, defocus: np.ndarray, pixel_size: float) -> np.ndarray:
