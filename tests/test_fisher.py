@@ -13,7 +13,7 @@ from scipy.stats import norm, poisson
 
 from depthprob.errors import InputError
 from depthprob.inference import fisher
-from depthprob.inference.atoms import atom_counts, atom_information, information_of
+from depthprob.inference.atoms import atom_counts, atom_information, information_of, phonon_information
 from depthprob.inference.crlb import crlb
 from depthprob.inference.fisher import Information, fisher_information, poisson_fisher
 from depthprob.physics.detector import AnnularDetector
@@ -218,3 +218,9 @@ def test_directions_are_named():
     assert mixed.in_words()[-1] in ("gain against z 0: sd 1.41 times what each has alone", "z 0 against gain: sd 1.41 times what each has alone")
     np.testing.assert_allclose(mixed.sd(), np.diag(np.linalg.inv(mixed.matrix)) ** 0.5)
     np.testing.assert_allclose(mixed.sd_alone("gain"), 1.0)
+
+
+@pytest.mark.parametrize("bounds", [atom_information, atom_counts, phonon_information])
+def test_atoms_are_refused_a_detector_in_the_direct_beam(bounds):
+    with pytest.raises(InputError, match="of the direct beam falls on the detector"):
+        bounds(Column("Au", 2, 4.08, 0.63), MICROSCOPE, AnnularDetector(0.0, 90.0), FocalSeries(np.zeros(1), 0.4, np.ones(1), (5, 5)))

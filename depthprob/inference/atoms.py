@@ -88,7 +88,13 @@ def atom_counts(
         z of each atom [Å]; by default equally spaced about zero. Without derivatives also (entry, atom).
     derivatives : bool
         False for the counts alone, an entry for each row of depths.
+
+    Raises
+    ------
+    InputError
+        For a detector that the direct beam falls on.
     """
+    require_out_of_beam(detector, float(microscope.convergence_angle))
     energy = float(microscope.energy)
     aperture = float(microscope.convergence_angle) * 1e-3 / float(wavelength(energy))
     modes = incident_disc(column, energy, aperture)
@@ -153,9 +159,10 @@ def phonon_information(
     Raises
     ------
     InputError
-        For a tilted column, or a detector that is not round.
+        For a tilted column, and a detector that is not round or that the direct beam falls on.
     """
     require_full_symmetry(column, detector, "the information from symmetrised configurations")
+    require_out_of_beam(detector, float(microscope.convergence_angle))
     lam = float(wavelength(microscope.energy))
     angle, outer = float(microscope.convergence_angle), detector.outermost
     aperture, reach = angle * 1e-3 / lam, default_reach(column, angle)
