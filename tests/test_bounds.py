@@ -1,4 +1,4 @@
-"""Bounds of a column with more unknown than the library itself can move, and with something known beforehand."""
+"""Bounds of a column with more unknown than the library itself can move, and with something known beforehand; and of the columns of a structure file."""
 
 import re
 from dataclasses import replace

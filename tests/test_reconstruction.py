@@ -143,7 +143,7 @@ def test_thousands_of_columns_are_fitted_jointly():
 
 
 def crystal_in_view(dumbbells, extent):
-    """Columns of a turned crystal, 2.04 Å apart, some of them in pairs, about an image; those that it shows, and those it does not, up to 5.5 Å beyond."""
+    """Columns of a turned crystal, 2.88 Å apart, or pairs of them, about an image; those that it shows, and those it does not, up to 5.5 Å beyond."""
     rng = np.random.default_rng(4)
     sites = 2.88 * np.stack(np.meshgrid(np.arange(-20, 20), np.arange(-20, 20)), -1).reshape(-1, 2) * [1.0, 1.0 + 0.5 * dumbbells]
     sites = np.concatenate([sites, sites + np.array([0.0, 1.4])]) if dumbbells else sites

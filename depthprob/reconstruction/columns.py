@@ -95,11 +95,12 @@ def columns_beyond(positions: np.ndarray, extent: np.ndarray, reach: float) -> n
     tree = cKDTree(positions)
     nearest, fourth = np.median(tree.query(positions, 5)[0][:, [1, 4]], 0)  # of a pair of columns that is repeated, one is not enough
     pairs = tree.query_pairs(1.5 * fourth, output_type="ndarray")
-    apart = positions[pairs[:, 1]] - positions[pairs[:, 0]]
+    every = 1 + len(pairs) // 2000  # so many tell; all pairs of thousands of alike vectors would be gigabytes
+    apart = (positions[pairs[:, 1]] - positions[pairs[:, 0]])[::every]
     apart = np.concatenate([apart, -apart])
     alike = cKDTree(apart).query_pairs(0.15 * nearest, output_type="ndarray")
     count, kind = connected_components(coo_array((np.ones(len(alike)), alike.T), shape=(len(apart),) * 2), directed=False)
-    often = np.bincount(kind, minlength=count) >= 0.15 * len(positions)
+    often = every * np.bincount(kind, minlength=count) >= 0.15 * len(positions)
     sides = lambda at: np.concatenate([-at, at - extent], 1)  # how far beyond each edge
     places = [np.empty((0, 2))]
     for v in np.stack([np.bincount(kind, part) for part in apart.T], 1)[often] / np.bincount(kind)[often, None]:
