@@ -10,12 +10,10 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from depthprob.errors import InputError
-from depthprob.physics.focal_series import FocalSeries
-from depthprob.reconstruction.columns import RIM, central_average, columns_beyond, find_columns, fit_columns
+from depthprob.reconstruction.columns import central_average, find_columns, fit_columns
 from depthprob.reconstruction.counting import count_by_library, gaussian_mixture_counts
 from depthprob.reconstruction.drift import estimate_drift, shift_images
 from depthprob.reconstruction.lattice import UnitCell, crystal_columns, snap, unit_cell
-from depthprob.reconstruction.pipeline import edge_mask
 from depthprob.statstem import read_statstem
 
 PARTICLE = Path(__file__).parents[2] / "shared" / "data" / "particle_D.npz"
@@ -140,44 +138,6 @@ def test_thousands_of_columns_are_fitted_jointly():
     assert np.sqrt(np.mean(error**2)) < 0.02
     assert fit.width == pytest.approx(0.5, abs=0.01)
     assert np.std((fit.volume - 0.1 * 2 * np.pi * 0.25) / fit.volume_sd) == pytest.approx(1.0, abs=0.06)  # of 1600
-
-
-def crystal_in_view(dumbbells, extent):
-    """Columns of a turned crystal, 2.88 Å apart, or pairs of them, about an image; those that it shows, and those it does not, up to 5.5 Å beyond."""
-    rng = np.random.default_rng(4)
-    sites = 2.88 * np.stack(np.meshgrid(np.arange(-20, 20), np.arange(-20, 20)), -1).reshape(-1, 2) * [1.0, 1.0 + 0.5 * dumbbells]
-    sites = np.concatenate([sites, sites + np.array([0.0, 1.4])]) if dumbbells else sites
-    turn = np.radians(11.0)
-    sites = sites @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) + extent / 2 + [0.4, -0.3]
-    beyond = np.maximum(-sites, sites - extent).max(1)
-    shown = beyond < -0.6
-    return sites[shown] + rng.normal(0, 0.03, (shown.sum(), 2)), sites[~shown & (beyond < 5.5)]
-
-
-@pytest.mark.parametrize("dumbbells", [False, True])
-def test_a_crystal_goes_on_beyond_the_image_where_its_columns_ask_for_neighbours(dumbbells):
-    extent = np.array([24.0, 19.0])
-    shown, unseen = crystal_in_view(dumbbells, extent)
-    found = columns_beyond(shown, extent, 5.0)
-    beyond = lambda at: np.maximum(-at, at - extent).max(1)
-    assert cKDTree(found).query(unseen[beyond(unseen) < 4.5])[0].max() < 0.5
-    assert dumbbells or cKDTree(unseen).query(found)[0].max() < 0.5  # two kinds of column ask for each other's neighbours, too
-    # of a piece that enters from the left, with a hole in it, those on the left alone; of one in vacuum none
-    left = shown[(shown[:, 0] < 12) & (abs(shown[:, 1] - 9.5) < 6) & (np.hypot(*(shown - [8.0, 9.5]).T) > 2.0)]
-    asked = columns_beyond(left, extent, 5.0)
-    assert len(asked) and asked[:, 0].max() < RIM + 1e-9 and cKDTree(found).query(asked)[0].max() < 0.5 and beyond(asked).min() > -RIM
-    assert not len(columns_beyond(shown[beyond(shown) < -3], extent, 5.0)) and not len(columns_beyond(shown[:2], extent, 5.0))
-
-
-def test_pixels_that_unseen_columns_reach_are_left_out_wider_the_farther_from_focus():
-    extent, foci = np.array([24.0, 19.0]), np.array([-150.0, 0.0, 50.0])
-    shown, unseen = crystal_in_view(False, extent)
-    series = FocalSeries(foci, 0.2, np.full(3, 1e3), (96, 121))
-    used = edge_mask(series, shown, 0.0, 20.0)
-    away = cKDTree(unseen).query(np.stack(np.meshgrid(np.arange(121), np.arange(96)), -1) * 0.2)[0]
-    for mask, reach in zip(used, (4.2, 1.2, 2.2), strict=True):
-        assert not mask[away < reach - 0.3].any() and mask[(away > reach + 0.3)].all()
-    assert edge_mask(FocalSeries(foci, 0.2, np.full(3, 1e3), (96, 121), True), shown, 0.0, 20.0).all()
 
 
 def test_the_sharpest_images_are_the_same_in_whatever_order_they_come():

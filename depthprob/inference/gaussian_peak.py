@@ -24,7 +24,7 @@ class PeakFit(NamedTuple):
     depth : (C,)
         Peak minus correction: centre of mass [Å]; nan where the fit failed.
     sd : (C,)
-        Standard deviation from the fit's covariance and residuals [Å].
+        Standard deviation from the fit's covariance and residuals [Å]; nan where there is none.
     peak, correction, amplitude, width, background : (C,)
     intensity, model : (C, F)
         Averages around the columns and the fitted curves, fraction of the beam.
@@ -213,7 +213,8 @@ def fit_gaussian_peaks(
     failed = (amplitude <= 0) | (peak < defocus.min()) | (peak > defocus.max())
     model = amplitude[:, None] * np.exp(-(((defocus - peak[:, None]) / width[:, None]) ** 2) / 2) + background[:, None]
     depth = np.where(failed, np.nan, peak - correction)
-    return PeakFit(depth, np.sqrt(covariance[:, 1, 1]), peak, correction, amplitude, width, background, intensity, model)
+    variance = covariance[:, 1, 1]
+    return PeakFit(depth, np.sqrt(np.where(variance > 0, variance, np.nan)), peak, correction, amplitude, width, background, intensity, model)
 
 
 def disc_radius(positions: np.ndarray) -> float:

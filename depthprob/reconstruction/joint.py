@@ -22,7 +22,7 @@ from ..inference.goodness import over_dispersed
 from ..inference.likelihood import Amplitudes, Estimate, Share
 from ..inference.posterior import Posterior
 from ..inference.problem import AFFINE, DARKEST, LARGE, PER_COLUMN, WIDE, Problem, field_of, make_problem
-from ..physics.focal_series import Field, FocalSeries
+from ..physics.focal_series import Field, FocalSeries, background_images, counts_per_fraction
 from ..physics.library import ColumnLibrary
 from .columns import peak_offsets
 from .counting import Counts, count_by_library
@@ -229,14 +229,34 @@ def fit_jointly(
 
 
 def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitudes | None = None) -> tuple[Counts, Amplitudes]:
-    """Atom counts that a fit's amplitudes ask for, and the amplitudes, reckoned from those `before`; `dispersed` counts scatter more than Poisson's."""
+    """Atom counts that a fit's amplitudes ask for, and the amplitudes, reckoned from those `before`; `dispersed` counts scatter more than Poisson's.
+
+    A gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts.
+    """
     fit, library, n = reader_of(problem), problem.library, np.asarray(problem.n_atoms)
     amplitudes = fit.column_amplitudes(parameters, problem, before)
-    noisier = over_dispersed(problem, fit.rates(parameters, problem)).dispersion ** 0.5 if dispersed else 1.0
-    # a gain common to all images is a scale of cross-sections: left to itself it would make good a common error of the counts
-    cross = library.cross_section[n - 1] * np.exp(np.asarray(parameters["log_gain"]).mean())
+    rate = fit.rates(parameters, problem)
+    noisier = over_dispersed(problem, rate).dispersion ** 0.5 if dispersed else 1.0
+    cross = library.cross_section[n - 1] * common_gain(parameters, problem, rate)
     counts = count_by_library(amplitudes.value * cross, np.hypot(amplitudes.sd * noisier, LIBRARY_ERROR) * cross, library.cross_section, scale_sd=SCALE_SD)
     return processes.of_first(counts), amplitudes
+
+
+def common_gain(parameters: dict, problem: Problem, rate: np.ndarray) -> float:
+    """Geometric mean of the images' gains, each with the weight of what its pixels tell of it beside its background, from expected counts `rate` (F, ny, nx).
+
+    Where a crystal fills the field, images far from focus are as even as their background, and their gains stay at the prior whatever the atom numbers.
+    """
+    field, series = field_of(parameters, problem.n_atoms), problem.series
+    level, scale = np.asarray(background_images(field, series)), np.asarray(counts_per_fraction(series))
+    told = np.zeros(len(rate))
+    for i, image in enumerate(rate.astype(float)):  # one at a time: large fields hold many
+        dark = np.broadcast_to(level[i] * scale[i], image.shape)
+        weight = np.asarray(problem.mask[i]) / ((np.maximum(image, DARKEST) + float(problem.read_variance)) * float(problem.dispersion))
+        bright = image - dark
+        among, beside, behind = ((a * b * weight).sum() for a, b in ((bright, bright), (bright, dark), (dark, dark)))
+        told[i] = among - beside**2 / max(behind, DARKEST)
+    return float(np.exp(np.average(np.asarray(parameters["log_gain"]), weights=np.maximum(told, 0) + DARKEST)))
 
 
 def hidden_columns(parameters: dict, problem: Problem, rate: np.ndarray) -> np.ndarray:

@@ -36,6 +36,7 @@ from .libraries import atoms_needed, column_geometry, crystal_of, library_for, n
 from .scan import scan_residuals
 from .surface import ColumnEnds, Surface, column_ends, count_variance, find_surface
 
+LEAST_SEEN = 0.05  # of an image that unseen columns leave
 GAUGE = "absolute: z = 0 is the plane in focus at defocus 0 (the focus offset is held at zero)"
 GAUGE_FREE = "relative: with a free focus offset only depths relative to the field's mean are measured, and the mean of all depths is zero"
 
@@ -218,6 +219,12 @@ def reconstruct(
     stages("joint fit")
     series = FocalSeries(defocus, pixel, dose, fraction.shape[1:], periodic)
     mask = edge_mask(series, columns.positions, float(defocus[chosen].mean()), config.microscope.convergence_angle_mrad)
+    electrons, seen = float(dose[chosen].sum()), mask.mean((1, 2)) > LEAST_SEEN
+    of_edges = quality.doubts_of_edges(seen, defocus, series.shape, pixel)
+    if seen.sum() < 3:
+        raise InputError(f"{of_edges[0]} A depth needs three images at least.")
+    counts, defocus, dose, fraction, drift, mask = (a[seen] for a in (stack.data, defocus, dose, fraction, drift, mask))
+    series = FocalSeries(defocus, pixel, dose, fraction.shape[1:], periodic)
     peaks = fit_gaussian_peaks(fraction, columns.positions, counted.n, library, series, drift * pixel)
     field = Field(
         positions=columns.positions,
@@ -231,7 +238,7 @@ def reconstruct(
     pairs, seconds = superposition.asked_for(field, series, config)
     if by_windows(len(found), library, series, config):
         samples, chains = config.inference.samples, config.inference.chains
-        need = forecast(pose(stack.data, field, library, series, mask, config), samples * chains, gradients(samples, chains) if method == "nuts" else 0)
+        need = forecast(pose(counts, field, library, series, mask, config), samples * chains, gradients(samples, chains) if method == "nuts" else 0)
         what = f"{len(found)} columns in {len(defocus)} images of {series.shape[0]} x {series.shape[1]} pixels"
         gigabytes = need.gigabytes + superposition.GIGABYTES * pairs
         refuse_beyond_limit(config, gigabytes, what)
@@ -239,7 +246,7 @@ def reconstruct(
         stages.tell(f"{what} take about {math.ceil(need.seconds / 60)} minutes and {gigabytes:.1f} GB{longer}")
     shared: dict = {}
     lacking = lambda parameters, problem: superposition.lacking(parameters, problem, config, progress, shared)[0]
-    joint = fit_jointly(stack.data, field, library, series, mask, config, progress, lacking if pairs else None)
+    joint = fit_jointly(counts, field, library, series, mask, config, progress, lacking if pairs else None)
 
     stages("superposition")
     joint, owed = superposition.settled(joint, config, pairs and joint.refused is None, seconds, progress, shared)
@@ -255,7 +262,7 @@ def reconstruct(
         columns = fit_columns(average, positions, pixel, periodic)
         counted = count_by_library(columns.volume, columns.volume_sd, reference, scale_sd=SCALE_SD)
     mixture = gaussian_mixture_counts(columns.volume, min(len(positions), library.n_max + 3))
-    hybrid = count_by_hybrid(columns.volume, reference, float(dose[chosen].sum()))
+    hybrid = count_by_hybrid(columns.volume, reference, electrons)
 
     stages("Gaussian peaks")
     baseline = fit_gaussian_peaks(fraction, positions, n_atoms, library, series, displacements)
@@ -291,10 +298,11 @@ def reconstruct(
     fit_quality = goodness_of_fit(estimate.parameters, problem, rate, leverage)
     spread = dispersion_of(problem, rate)
     warnings = [
-        *quality.doubts_of_counts(stack.data, dose, pixel, columns.width, read_variance_of(config)),
+        *quality.doubts_of_counts(counts, dose, pixel, columns.width, read_variance_of(config)),
         *quality.doubts_of_images(image_dispersions(problem, rate), parameters["log_gain"], defocus, config),
         *quality.doubts_of_scan(scan_residuals(np.asarray(problem.counts), rate, np.asarray(problem.mask), pixel, read_variance_of(config), float(problem.dispersion)), series.shape, pixel),
         *quality.doubts_of_lattice(lattice_stretch(positions - np.outer(depths.mean, lean), geometry), geometry.spacing),
+        *of_edges,
         *quality.doubts_of_field(positions, shifts, series.shape, pixel, periodic),
         *quality.doubts_of_depths(parameters["depth"], defocus),
         *quality.doubts_of_thickness(n_atoms, positions, geometry.spacing, config.microscope.convergence_angle_mrad, owed, joint.refused),
@@ -308,7 +316,7 @@ def reconstruct(
     drift_px = shifts / pixel
     stages(None)
     return Reconstruction(
-        stack=stack.data,
+        stack=counts,
         defocus=defocus,
         pixel_size=pixel,
         dose=dose,

@@ -163,6 +163,17 @@ def doubts_of_field(positions: np.ndarray, shifts: np.ndarray, shape: tuple[int,
     return [f"Drift carries {outside.any(1).sum()} of {len(positions)} columns out of the field, in up to {outside.sum(1).max()} of {len(shifts)} images; as many that are not in the fit may have come in on the other side. Crop the series to what all images show."]
 
 
+def doubts_of_edges(seen: np.ndarray, defocus: np.ndarray, shape: tuple[int, int], pixel_size: float) -> list[str]:
+    """A warning of images (F,) that were left out of the fit, since columns beyond the field of `shape` pixels (y, x) reach nearly all of them."""
+    if seen.all():
+        return []
+    foci, (height, width) = defocus[~seen], np.array(shape) * pixel_size
+    return [
+        f"{len(foci)} of {len(seen)} images, at defocus {', '.join(f'{f:g}' for f in np.sort(foci))} Å, were left out: columns beyond the field of {width:.1f} x {height:.1f} Å, where the crystal goes on, "
+        "reach nearly all of it that far from focus. Take a wider field."
+    ]
+
+
 def doubts_of_depths(depth: np.ndarray, defocus: np.ndarray) -> list[str]:
     """Warnings of depths (C,) beyond the foci (F,) or near their ends [Å]."""
     low, high = float(defocus.min()), float(defocus.max())
