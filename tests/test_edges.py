@@ -12,7 +12,7 @@ from depthprob.inference.problem import make_problem
 from depthprob.physics.focal_series import Field, FocalSeries, expected_counts
 from depthprob.reconstruction import pipeline
 from depthprob.reconstruction.columns import RIM, columns_beyond
-from depthprob.reconstruction.joint import common_gain, fit_jointly
+from depthprob.reconstruction.joint import common_gain, fit_jointly, likelier_shifts
 from depthprob.reconstruction.pipeline import edge_mask
 from depthprob.stack import Stack
 
@@ -87,6 +87,19 @@ def test_weights_of_gains_are_their_information_beside_the_background(library):
         found = common_gain(parameters, problem, likelihood.rates(parameters, problem))
     assert np.log(found) == pytest.approx(np.average(parameters["log_gain"], weights=information), rel=1e-4)
     assert information[2] > 20 * information[0]
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_an_image_that_starts_beside_the_wrong_columns_is_found(library, dense):
+    with jax.enable_x64(True):
+        counts, field, series, mask = filled_field(library, np.array([-150.0, -60.0, 0.0, 90.0]))
+        wrong = np.array([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0], [1.0, -1.0]])  # one near focus, which is not looked at, and one far from it
+        start = Field(field.positions, field.n_atoms, field.depths, field.background, field.gain, wrong)
+        problem = make_problem(counts, start, library, series, mask=mask, dense=dense)
+        found = likelier_shifts(problem.start, problem)
+    moved = np.stack([found[name] - problem.start[name] for name in ("shift_x", "shift_y")], 1)
+    assert np.allclose(moved, [[0, 0], [0, 0], [0, 0], [-1.0, 1.0]])
+    assert all(found[name] is problem.start[name] for name in found if not name.startswith("shift"))
 
 
 def test_images_that_unseen_columns_cover_are_left_out_and_named(library):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..physics.focal_series import (
+    Field,
     background_images,
     counts_per_fraction,
     defocus_minus_depth,
@@ -38,7 +39,6 @@ from .problem import (
     per_image,
     prior_curvature,
     prior_precision,
-    prior_slope,
     to_vector,
 )
 
@@ -99,12 +99,22 @@ def image_log_likelihoods(parameters: dict, problem: Problem) -> jax.Array:
 
 LARGEST_STEP = {"depth": 15.0, "log_background": 2.0, "source_variance": 0.03} | dict.fromkeys(AFFINE, 0.02)  # of scoring; 0.3 for the rest
 FLAT = 1e-3  # of the log-likelihood; a step of scoring that gains it starts 0.04 standard deviations from the maximum, and ends far nearer
+DEAR = 12  # steps that a Fisher matrix costs
 ROUGH = 0.1  # standard deviations from the maximum: near enough to count atoms by
 
 
 def log_posterior(parameters: dict, problem: Problem) -> jax.Array:
     """Log-likelihood plus log-prior."""
     return log_likelihood(parameters, problem) + log_prior(parameters, problem)
+
+
+def _spectra(field: Field, problem: Problem, weights: jax.Array, i: jax.Array) -> jax.Array:
+    """Fourier coefficients (C, qy, qx) of columns that have these `weights` (C, r) of the library's images, each at its place in image i."""
+    draw = problem.draw
+    distortion = None if field.image_distortions is None else field.image_distortions[i]
+    along_y, along_x = phases(draw, displaced(field.positions, field.image_shifts[i], distortion, problem.series))
+    basis = draw.basis * widening(draw, field.source_variance)
+    return jnp.einsum("cr,rab->cab", weights.astype(jnp.float32), basis) * (along_y[:, :, None] * along_x[:, None, :])
 
 
 @jax.jit
@@ -115,11 +125,7 @@ def image_terms(parameters: dict, problem: Problem, i: jax.Array):
     z = defocus_minus_depth(field, series)[:, i]
     weights, slopes = jax.jvp(lambda z: problem.library.weights(problem.n_atoms, z), (z,), (jnp.ones_like(z),))
     distortion = None if field.image_distortions is None else field.image_distortions[i]
-    along_y, along_x = phases(draw, displaced(field.positions, field.image_shifts[i], distortion, series))
-    spot = along_y[:, :, None] * along_x[:, None, :]
-    basis = draw.basis * widening(draw, field.source_variance)
-    shape = lambda w: jnp.einsum("cr,rab->cab", w.astype(jnp.float32), basis) * spot
-    image, by_z = shape(weights), shape(slopes)
+    image, by_z = _spectra(field, problem, weights, i), _spectra(field, problem, slopes, i)
     by_x = image * (-2j * jnp.pi * draw.qx).astype(jnp.complex64)
     by_y = image * (-2j * jnp.pi * draw.qy).astype(jnp.complex64)[:, None]
     scale = counts_per_fraction(series)[i, 0, 0]
@@ -200,6 +206,9 @@ def objective(vector: jax.Array, problem: Problem) -> jax.Array:
     return log_posterior(from_vector(vector, problem), problem)
 
 
+_objective_and_slope = jax.jit(jax.value_and_grad(objective))
+
+
 def maximum(problem: Problem, progress=lambda items, **_: items, before: Mode | None = None) -> Estimate:
     """Joint maximum of likelihood times weak priors, with its covariance. `before` is for `local` alone."""
     mode = find_mode(problem, progress)
@@ -209,42 +218,51 @@ def maximum(problem: Problem, progress=lambda items, **_: items, before: Mode | 
     return Estimate(mode.parameters, np.diag(covariance), factor, fisher, parameter_names(problem), mode.log_posterior, mode.iterations, mode.converged)
 
 
-def find_mode(problem: Problem, progress=lambda items, **_: items, close: float = 2e-3, max_iterations: int = 40, before: Mode | None = None) -> Mode:
+def find_mode(problem: Problem, progress=lambda items, **_: items, close: float = 2e-3, max_iterations: int = 60, before: Mode | None = None) -> Mode:
     """Joint maximum of likelihood times weak priors by Fisher scoring with Levenberg damping.
 
     Starts with a scan of one depth common to all columns, then scores until no step exceeds `close` standard deviations, or a whole one gains less than `FLAT`, or than
-    there is within `close` of a normal distribution's maximum: where an image's edge hides most of a column, its depth creeps for ever. `before` is for `local` alone.
+    there is within `close` of a normal distribution's maximum: where an image's edge hides most of a column, its depth creeps for ever. The Fisher matrix is kept while
+    steps gain what it says, and are fewer at their pace than the `DEAR` ones that a new one costs. `before` is for `local` alone.
     """
-    precision = prior_precision(problem)
+    precision, enough = prior_precision(problem), max(FLAT, close**2 / 2)
+    limit = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in parameter_names(problem)])
     base = to_vector(problem.start, problem)
-    n_columns = len(problem.n_atoms)
-    best = max(
-        (np.concatenate([base[:n_columns] + d, base[n_columns:]]) for d in ([0.0] if np.any(base[:n_columns]) else np.arange(-60, 61, 10.0))),
-        key=lambda v: float(objective(v, problem)),
-    )
-    vector, value, damping, converged = best, float(objective(best, problem)), 1e-3, False
-    iteration = 0
+    depth = np.arange(len(base)) < len(problem.n_atoms)
+
+    def look(vector: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+        value, slope = _objective_and_slope(vector, problem)
+        return vector, float(value), np.asarray(slope)
+
+    here = max((look(base + d * depth) for d in ([0.0] if np.any(base[depth]) else np.arange(-60, 61, 10.0))), key=lambda at: at[1])
+    hessian, left, damping, converged, iteration = None, np.inf, 1e-3, False, 0
     for iteration in progress(range(max_iterations), desc="joint fit", unit="step"):
-        parameters = from_vector(jnp.asarray(vector), problem)
-        fisher, score = fisher_and_score(parameters, problem)
-        score = score + np.asarray(prior_slope(vector, problem))
-        hessian = fisher + precision
+        vector, value, slope = here
+        if fresh := hessian is None:
+            hessian = fisher_and_score(from_vector(jnp.asarray(vector), problem), problem)[0] + precision
+            covariance = np.linalg.inv(hessian)
+            left = slope @ covariance @ slope
         while True:
-            step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), score)
-            limit = np.array([LARGEST_STEP.get(n, 0.3) for n, _ in parameter_names(problem)])
+            step = np.linalg.solve(hessian + damping * np.diag(np.diag(hessian)), slope)
             share = min(1.0, float(np.min(limit / np.maximum(abs(step), 1e-12))))
             step *= share
-            trial = float(objective(vector + step, problem))
-            if trial >= value - 1e-6 or damping > 1e6:
+            moved = look(vector + step)
+            if moved[1] >= value - 1e-6 or damping > 1e6 or not fresh:
                 break
             damping *= 8
-        gained, relative = trial - value, abs(step) / np.sqrt(np.diag(np.linalg.inv(hessian)))
-        vector, value, damping = vector + step, trial, max(damping / 10, 1e-9)
-        if relative.max() < close or (share == 1.0 and gained < max(FLAT, close**2 / 2)):
+        gained, promised, away = moved[1] - value, step @ slope - step @ hessian @ step / 2, left
+        if gained < -1e-6 and not fresh:
+            hessian = None
+            continue
+        here, damping = moved, max(damping / 10, 1e-9)
+        left = max(here[2] @ covariance @ here[2], 1e-12)  # for a quadratic twice what there is to gain
+        relative = abs(step) / np.sqrt(np.diag(covariance))
+        if (fresh or left < 2 * enough) and (relative.max() < close or (share == 1.0 and gained < enough)):
             converged = True
             break
-    parameters = from_vector(jnp.asarray(vector), problem)
-    return Mode(parameters, value, iteration + 1, converged)
+        if gained < 0.5 * promised or (share == 1.0 and np.log(left / (2 * enough)) > DEAR * np.log(away / left)):
+            hessian = None
+    return Mode(from_vector(jnp.asarray(here[0]), problem), here[1], iteration + 1, converged)
 
 
 def column_bounds(estimate: Estimate, problem: Problem, relative: bool = False) -> np.ndarray:
@@ -348,31 +366,18 @@ def _about_amplitudes(parameters: dict, problem: Problem, change: np.ndarray | N
 @jax.jit
 def _amplitude_sums(parameters: dict, problem: Problem, grown: ColumnLibrary, changes: jax.Array, i: jax.Array):
     """Normal matrix and right sides (float32) of `column_amplitudes` from one image: amplitudes, depths, x and y of all columns, beside the residuals and further changes."""
-    scale = counts_per_fraction(problem.series)[i, 0, 0]
-    draw, n = problem.draw, problem.n_atoms
-
-    def each(growing: jax.Array, moved: dict) -> jax.Array:
-        """Of each column its expected counts (C, pixel)."""
-        field = field_of(parameters | moved, n)
-        z = defocus_minus_depth(field, problem.series)[:, i]
-        weights = problem.library.weights(n, z) + growing[:, None] * grown.weights(n, z)
-        distortion = None if field.image_distortions is None else field.image_distortions[i]
-        along_y, along_x = phases(draw, displaced(field.positions, field.image_shifts[i], distortion, problem.series))
-        basis = draw.basis * widening(draw, field.source_variance)
-        spectra = jnp.einsum("cr,rab->cab", weights.astype(jnp.float32), basis) * (along_y[:, :, None] * along_x[:, None, :])
-        return (to_pixels(draw, spectra).reshape(len(n), -1) * scale * field.gain[i]).astype(jnp.float32)
-
-    moving = ("depth", "x", "y") if "x" in problem.free else ("depth",)
-    zero, at = jnp.zeros(len(n)), {name: parameters[name] for name in moving}
-    columns, brighter = jax.jvp(lambda a: each(a, at), (zero,), (jnp.ones(len(n)),))
-    slopes = [jax.jvp(lambda v, name=name: each(zero, at | {name: v}), (at[name],), (jnp.ones_like(at[name]),))[1] for name in moving]
-    background = (scale * jnp.broadcast_to(background_images(field_of(parameters, n), problem.series)[i], problem.series.shape)).ravel()
-    rate = jnp.maximum(columns.astype(float).sum(0) + background, DARKEST)
+    moved, own, _, rate = image_terms(parameters, problem, i)
+    if "x" not in problem.free:
+        moved = moved[: len(problem.n_atoms)]
+    field, draw = field_of(parameters, problem.n_atoms), problem.draw
+    spectra = _spectra(field, problem, grown.weights(problem.n_atoms, defocus_minus_depth(field, problem.series)[:, i]), i)
+    brighter = to_pixels(draw, spectra).reshape(len(problem.n_atoms), -1) * counts_per_fraction(problem.series)[i, 0, 0] * field.gain[i]
+    rate = jnp.maximum(rate, DARKEST)
     root = jnp.where(problem.mask[i].ravel(), ((rate + problem.read_variance) * problem.dispersion) ** -0.5, 0.0)
-    constant = background * root
-    rows = jnp.concatenate([brighter, *slopes]) * root.astype(jnp.float32)  # float32, the largest of all that a small field needs
+    dark = own[1] * root
+    dark = (dark / jnp.maximum(jnp.linalg.norm(dark), DARKEST)).astype(jnp.float32)
+    rows = jnp.concatenate([brighter, moved]).astype(jnp.float32) * root.astype(jnp.float32)  # the largest of all that a small field needs
     layers = (jnp.concatenate([(problem.counts[i].ravel() - rate)[None], changes[:, i].reshape(len(changes), rate.size)]) * root).astype(jnp.float32)
-    dark = (constant / jnp.linalg.norm(constant)).astype(jnp.float32)
     along, beside = rows @ dark, layers @ dark  # the image's background, profiled out
     return rows @ rows.T - jnp.outer(along, along), rows @ layers.T - jnp.outer(along, beside), layers @ layers.T - jnp.outer(beside, beside)
 

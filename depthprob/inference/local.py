@@ -33,7 +33,7 @@ from .drawing import (
     widest,
     windows_about,
 )
-from .likelihood import LARGEST_STEP, ROUGH, Amplitudes, Estimate, Mode, Share, less_mean, share_beside
+from .likelihood import DEAR, LARGEST_STEP, ROUGH, Amplitudes, Estimate, Mode, Share, less_mean, share_beside
 from .problem import (
     GLOBAL,
     MEAN_SD,
@@ -54,7 +54,6 @@ from .tiles import BAND, column_information, strips_of
 
 DIM = 1e-2  # of a column's peak, to where its derivatives enter Fisher information: standard deviations come out 0.4 % small, 2 % at most, at a third of the cost
 MOSTLY = 0.7  # of what a step lacks is a few columns' doing, and not an old Fisher matrix's
-DEAR = 12  # steps that a Fisher matrix costs
 CLOSE = 0.03  # standard deviations, root mean square over parameters, from the maximum: near enough
 SHARP = 0.75  # of the images, nearest to focus, that tell the numbers of atoms: the others have the widest windows, blur neighbours into one, and would tell them 5 % better; half of the images tell them 40 % worse
 
@@ -82,6 +81,14 @@ class Sums(NamedTuple):
 def rates(parameters: dict, problem: Problem, windows: list[Window] | None = None) -> np.ndarray:
     """Expected counts (F, ny, nx), float32."""
     return evaluate(parameters, problem, windows, derivatives=False).rate
+
+
+def image_log_likelihoods(parameters: dict, problem: Problem, images: np.ndarray) -> np.ndarray:
+    """Poisson log-likelihood of each of some images (m,), as `likelihood.image_log_likelihoods`."""
+    rate = evaluate(parameters, problem, windows_about(parameters, problem), images, derivatives=False).rate[images]
+    v, counts = float(problem.read_variance), np.asarray(problem.counts, float)[images]
+    terms = np.where(np.asarray(problem.mask)[images], (counts + v) * np.log(rate + v) - rate, 0.0)
+    return terms.sum((1, 2)) / float(problem.dispersion)
 
 
 def signals(parameters: dict, problem: Problem, windows: list[Window]) -> np.ndarray:

@@ -32,6 +32,8 @@ from .libraries import column_geometry, read_variance_of
 
 LOOKS, FIXED_SECONDS = 150, 60.0  # at all images, counting Fisher matrices as so many; and what a reconstruction takes besides
 ROUNDS = 20  # of counting, fitting, looking for hidden columns and taking off what superposition lacks
+HOP, STRIDE = 1.75, 0.5  # Å, from an image's shift to where another is looked for, and from one such place to the next
+CLEAR = 3.0  # of the log-likelihood, that another shift has to gain
 SHARPEST = 8  # images that hidden columns are looked for in
 SETTLED = 2e-3  # of the counts may change once more: in fields of hundreds some columns always lie halfway
 RECKONINGS, FEW = 3, 0.1  # of what superposition lacks, at most, and until no larger share of the counts changes
@@ -176,6 +178,11 @@ def fit_jointly(
             rounds += 1
             problem = posed(field, short, centre)
             mode = reader_of(problem).find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
+            if rounds == 1 and "shift_x" in problem.free:
+                likelier = likelier_shifts(mode.parameters, problem, progress)
+                if any(np.any(likelier[name] != mode.parameters[name]) for name in ("shift_x", "shift_y")):
+                    problem = posed(field_of(likelier, problem.n_atoms), short, centre)
+                    mode = reader_of(problem).find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
             counts, amplitudes = recount(mode.parameters, problem, dispersed, amplitudes)
             n = np.asarray(problem.n_atoms)
             still |= (counts.n == before) & (counts.n != n)  # went there, and would go back: halfway between the two
@@ -226,6 +233,36 @@ def fit_jointly(
     if dispersed:
         problem, mode = over_dispersed(problem, reader_of(problem).rates(mode.parameters, problem)), None
     return JointFit(problem, reader_of(problem).maximum(problem, progress, mode), agreed.counts, amplitudes, agreed.changed <= SETTLED, short, refused)
+
+
+def likelier_shifts(parameters: dict, problem: Problem, progress: Callable = lambda items, **_: items) -> dict:
+    """Parameters with the image shifts that are likeliest within `HOP` of those given, all else as it is, in the half of the images that is farthest from focus.
+
+    There a lattice moved aside looks much like itself, and drift found by correlation may start a fit beside the wrong columns. Those that gain less than `CLEAR` stay.
+    """
+    away = abs(np.asarray(problem.series.defocus) - np.median(parameters["depth"]))
+    far = np.flatnonzero(away > np.median(away))
+    along = STRIDE * np.arange(-int(HOP / STRIDE), int(HOP / STRIDE) + 1)
+    offsets = np.stack(np.meshgrid(along, along), -1).reshape(-1, 2)
+    offsets = offsets[np.hypot(*offsets.T) <= HOP]
+    offsets = offsets[np.argsort(np.hypot(*offsets.T), kind="stable")]  # none, first
+    start = {name: np.asarray(parameters[name]) for name in ("shift_x", "shift_y")}
+    found = []
+    for offset in progress(offsets, desc="image shifts", unit="place"):
+        shifts = {name: start[name] + moved for name, moved in zip(start, offset, strict=True)}
+        there = parameters | {name: jnp.asarray(values) for name, values in shifts.items()}
+        known = sum(((shifts[name] - np.asarray(problem.centre[name])) / problem.prior_sd[name]) ** 2 for name in shifts)[far] / 2
+        each = local.image_log_likelihoods(there, problem, far) if problem.draw is None else np.asarray(_image_log_likelihoods(there, problem))[far]
+        found.append(each - known)
+    found = processes.of_first(np.array(found))
+    best = np.where(found.max(0) > found[0] + CLEAR, found.argmax(0), 0)
+    moved = {name: values.copy() for name, values in start.items()}
+    for values, by in zip(moved.values(), offsets[best].T, strict=True):
+        values[far] += by
+    return parameters | {name: jnp.asarray(values) for name, values in moved.items()}
+
+
+_image_log_likelihoods = jax.jit(likelihood.image_log_likelihoods)
 
 
 def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitudes | None = None) -> tuple[Counts, Amplitudes]:

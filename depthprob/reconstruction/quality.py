@@ -168,10 +168,8 @@ def doubts_of_edges(seen: np.ndarray, defocus: np.ndarray, shape: tuple[int, int
     if seen.all():
         return []
     foci, (height, width) = defocus[~seen], np.array(shape) * pixel_size
-    return [
-        f"{len(foci)} of {len(seen)} images, at defocus {', '.join(f'{f:g}' for f in np.sort(foci))} Å, were left out: columns beyond the field of {width:.1f} x {height:.1f} Å, where the crystal goes on, "
-        "reach nearly all of it that far from focus. Take a wider field."
-    ]
+    named = ", ".join(f"{f:g}" for f in np.sort(foci))
+    return [f"{len(foci)} of {len(seen)} images, at defocus {named} Å, were left out: columns beyond the field of {width:.1f} x {height:.1f} Å, where the crystal goes on, reach nearly all of it that far from focus. Take a wider field."]
 
 
 def doubts_of_depths(depth: np.ndarray, defocus: np.ndarray) -> list[str]:

@@ -39,12 +39,12 @@ def piece_of(path: Path, side: float, middle: np.ndarray | None) -> tuple[Stack,
     with np.load(path) as saved:
         stack, foci, pixel, dose = saved["stack"], saved["defocus_A"], float(saved["pixel_size_A"]), float(saved["dose_e_per_A2"])
         columns = saved["columns"].astype(float)
-    middle = (columns[:, :2].min(0) + columns[:, :2].max(0)) / 2 if middle is None else middle
+    centre = (columns[:, :2].min(0) + columns[:, :2].max(0)) / 2 if middle is None else middle
     size = int(side / pixel)
-    x, y = (round(m / pixel - size / 2) for m in middle)
+    x, y = (round(m / pixel - size / 2) for m in centre)
     ny, nx = stack.shape[1:]
     if min(x, y) < 0 or x + size > nx or y + size > ny:
-        raise SystemExit(f"a piece of {side:g} Å about {np.round(middle, 1)} leaves the stack of {nx * pixel:.1f} x {ny * pixel:.1f} Å.")
+        raise SystemExit(f"a piece of {side:g} Å about {np.round(centre, 1)} leaves the stack of {nx * pixel:.1f} x {ny * pixel:.1f} Å.")
     columns[:, :2] -= np.array([x, y]) * pixel
     return Stack(stack[:, y : y + size, x : x + size].astype(float), foci, pixel, {"dose_e_per_A2": dose, "signal": "counts"}), columns
 
