@@ -83,14 +83,6 @@ def rates(parameters: dict, problem: Problem, windows: list[Window] | None = Non
     return evaluate(parameters, problem, windows, derivatives=False).rate
 
 
-def image_log_likelihoods(parameters: dict, problem: Problem, images: np.ndarray) -> np.ndarray:
-    """Poisson log-likelihood of each of some images (m,), as `likelihood.image_log_likelihoods`."""
-    rate = evaluate(parameters, problem, windows_about(parameters, problem), images, derivatives=False).rate[images]
-    v, counts = float(problem.read_variance), np.asarray(problem.counts, float)[images]
-    terms = np.where(np.asarray(problem.mask)[images], (counts + v) * np.log(rate + v) - rate, 0.0)
-    return terms.sum((1, 2)) / float(problem.dispersion)
-
-
 def signals(parameters: dict, problem: Problem, windows: list[Window]) -> np.ndarray:
     """Expected counts (F, ny, nx) float32 of the columns alone, without background and of any sign."""
     parameters, pad = plain(parameters), widest(windows)

@@ -32,7 +32,7 @@ from .libraries import column_geometry, read_variance_of
 
 LOOKS, FIXED_SECONDS = 150, 60.0  # at all images, counting Fisher matrices as so many; and what a reconstruction takes besides
 ROUNDS = 20  # of counting, fitting, looking for hidden columns and taking off what superposition lacks
-HOP, STRIDE = 1.75, 0.5  # Å, from an image's shift to where another is looked for, and from one such place to the next
+HOP = 1.75  # Å, from an image's shift to where another is looked for
 CLEAR = 3.0  # of the log-likelihood, that another shift has to gain
 SHARPEST = 8  # images that hidden columns are looked for in
 SETTLED = 2e-3  # of the counts may change once more: in fields of hundreds some columns always lie halfway
@@ -179,7 +179,7 @@ def fit_jointly(
             problem = posed(field, short, centre)
             mode = reader_of(problem).find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
             if rounds == 1 and "shift_x" in problem.free:
-                likelier = likelier_shifts(mode.parameters, problem, progress)
+                likelier = likelier_shifts(mode.parameters, problem, reader_of(problem).rates(mode.parameters, problem))
                 if any(np.any(likelier[name] != mode.parameters[name]) for name in ("shift_x", "shift_y")):
                     problem = posed(field_of(likelier, problem.n_atoms), short, centre)
                     mode = reader_of(problem).find_mode(problem, progress, close=likelihood.ROUGH, before=mode)
@@ -235,34 +235,34 @@ def fit_jointly(
     return JointFit(problem, reader_of(problem).maximum(problem, progress, mode), agreed.counts, amplitudes, agreed.changed <= SETTLED, short, refused)
 
 
-def likelier_shifts(parameters: dict, problem: Problem, progress: Callable = lambda items, **_: items) -> dict:
-    """Parameters with the image shifts that are likeliest within `HOP` of those given, all else as it is, in the half of the images that is farthest from focus.
+def likelier_shifts(parameters: dict, problem: Problem, rate: np.ndarray) -> dict:
+    """Parameters with the image shifts that are likeliest within `HOP` of those given, by whole pixels, in the half of the images that is farthest from focus; from their expected counts `rate` (F, ny, nx).
 
-    There a lattice moved aside looks much like itself, and drift found by correlation may start a fit beside the wrong columns. Those that gain less than `CLEAR` stay.
+    There a lattice moved aside looks much like itself, and drift found by correlation may start a fit beside the wrong columns. A shift is compared with the one given on the
+    pixels that the fit uses and that are moved to such; those that gain less than `CLEAR` stay.
     """
-    away = abs(np.asarray(problem.series.defocus) - np.median(parameters["depth"]))
-    far = np.flatnonzero(away > np.median(away))
-    along = STRIDE * np.arange(-int(HOP / STRIDE), int(HOP / STRIDE) + 1)
-    offsets = np.stack(np.meshgrid(along, along), -1).reshape(-1, 2)
-    offsets = offsets[np.hypot(*offsets.T) <= HOP]
-    offsets = offsets[np.argsort(np.hypot(*offsets.T), kind="stable")]  # none, first
-    start = {name: np.asarray(parameters[name]) for name in ("shift_x", "shift_y")}
-    found = []
-    for offset in progress(offsets, desc="image shifts", unit="place"):
-        shifts = {name: start[name] + moved for name, moved in zip(start, offset, strict=True)}
-        there = parameters | {name: jnp.asarray(values) for name, values in shifts.items()}
-        known = sum(((shifts[name] - np.asarray(problem.centre[name])) / problem.prior_sd[name]) ** 2 for name in shifts)[far] / 2
-        each = local.image_log_likelihoods(there, problem, far) if problem.draw is None else np.asarray(_image_log_likelihoods(there, problem))[far]
-        found.append(each - known)
-    found = processes.of_first(np.array(found))
-    best = np.where(found.max(0) > found[0] + CLEAR, found.argmax(0), 0)
-    moved = {name: values.copy() for name, values in start.items()}
-    for values, by in zip(moved.values(), offsets[best].T, strict=True):
-        values[far] += by
-    return parameters | {name: jnp.asarray(values) for name, values in moved.items()}
-
-
-_image_log_likelihoods = jax.jit(likelihood.image_log_likelihoods)
+    series, v, (ny, nx) = problem.series, float(problem.read_variance), problem.series.shape
+    away = abs(np.asarray(series.defocus) - np.median(parameters["depth"]))
+    reach = int(HOP / series.pixel_size)
+    steps = np.argwhere(np.hypot(*np.mgrid[-reach : reach + 1, -reach : reach + 1]) <= reach) - reach  # y, x
+    shifts = {name: np.asarray(parameters[name]).copy() for name in ("shift_y", "shift_x")}
+    for i in np.flatnonzero(away > np.median(away)):
+        mean = np.maximum(rate[i].astype(float), DARKEST) + v
+        terms = np.stack([np.asarray(problem.mask[i], float), np.log(mean), mean])
+        around = np.pad(terms, [(0, 0), (reach, reach), (reach, reach)], mode="wrap" if series.periodic else "constant")
+        (used, logs, mean), counts = terms, np.asarray(problem.counts[i], float) + v
+        gains = np.zeros(len(steps))
+        for k, (y, x) in enumerate(steps):
+            use, log, moved = around[:, reach - y : reach - y + ny, reach - x : reach - x + nx]
+            gains[k] = (used * use * (counts * (log - logs) - (moved - mean))).sum() / float(problem.dispersion)
+        for by, (name, values) in zip(steps.T * series.pixel_size, shifts.items(), strict=True):
+            start = values[i] - float(problem.centre[name][i])
+            gains += (start**2 - (start + by) ** 2) / (2 * problem.prior_sd[name] ** 2)
+        best = int(np.argmax(gains))
+        if gains[best] > CLEAR:
+            for by, values in zip(steps[best] * series.pixel_size, shifts.values(), strict=True):
+                values[i] += by
+    return parameters | {name: jnp.asarray(values) for name, values in shifts.items()}
 
 
 def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitudes | None = None) -> tuple[Counts, Amplitudes]:
