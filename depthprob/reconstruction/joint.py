@@ -262,7 +262,7 @@ def likelier_shifts(parameters: dict, problem: Problem, rate: np.ndarray) -> dic
         if gains[best] > CLEAR:
             for by, values in zip(steps[best] * series.pixel_size, shifts.values(), strict=True):
                 values[i] += by
-    return parameters | {name: jnp.asarray(values) for name, values in shifts.items()}
+    return parameters | {name: jnp.asarray(values) for name, values in processes.of_first(shifts).items()}
 
 
 def recount(parameters: dict, problem: Problem, dispersed: bool, before: Amplitudes | None = None) -> tuple[Counts, Amplitudes]:
@@ -287,7 +287,8 @@ def common_gain(parameters: dict, problem: Problem, rate: np.ndarray) -> float:
     field, series = field_of(parameters, problem.n_atoms), problem.series
     level, scale = np.asarray(background_images(field, series)), np.asarray(counts_per_fraction(series))
     told = np.zeros(len(rate))
-    for i, image in enumerate(rate.astype(float)):  # one at a time: large fields hold many
+    for i, image in enumerate(rate):  # one in double precision at a time: large fields hold many
+        image = image.astype(float)
         dark = np.broadcast_to(level[i] * scale[i], image.shape)
         weight = np.asarray(problem.mask[i]) / ((np.maximum(image, DARKEST) + float(problem.read_variance)) * float(problem.dispersion))
         bright = image - dark

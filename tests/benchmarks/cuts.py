@@ -107,7 +107,7 @@ def main(source: str, config_path: str, side: str, *rest: str) -> None:
     else:
         stack, columns = piece_of(Path(source), float(side), np.array(rest, float) if rest else None)
     series = dataclasses.replace(config.focal_series, periodic=False, pixel_size_A=stack.pixel_size_A)
-    found = reconstruct(stack, dataclasses.replace(config, focal_series=series), quiet=True)
+    found = reconstruct(stack, dataclasses.replace(config, focal_series=series), method="laplace", quiet=True)
     whole, *parts = summary(found, columns)
     print(json.dumps(whole | {"images": len(found.defocus), "seconds": found.provenance["seconds"]["joint fit"], "warnings": found.warnings}, ensure_ascii=False))
     for part in parts:
