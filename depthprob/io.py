@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Real
+from jaxtyping import Integer, Real
 
 from .errors import InputError
 from .storage import PARSER_FAULTS, atomic_write, naming
@@ -110,12 +110,13 @@ def write_drift_csv(
     sd_px: Real[np.ndarray, " focus"],
     distortion: Real[np.ndarray, "focus 2 2"] | None = None,
     distortion_sd: Real[np.ndarray, "focus 2 2"] | None = None,
+    images: Integer[np.ndarray, " focus"] | None = None,
 ) -> None:
-    """Write the displacement (dx, dy) [pixel] of the object in every image and its standard deviation, and the distortion of each where there is one."""
+    """Write the displacement (dx, dy) [pixel] of the object in every image and its standard deviation, and the distortion of each where there is one; `images` numbers them within the series, from 0, where some are left out."""
     displacement_px = np.asarray(displacement_px)
     sd_px = np.broadcast_to(np.asarray(sd_px, float), (len(displacement_px),))
     columns = {
-        "image": np.arange(len(displacement_px)),
+        "image": np.arange(len(displacement_px)) if images is None else images,
         "defocus_A": np.asarray(defocus_A, float),
         "dx_px": displacement_px[:, 0],
         "dy_px": displacement_px[:, 1],

@@ -56,7 +56,7 @@ def write(result: Reconstruction, folder: Path) -> None:
         result.library_cross_section, result.mixture, result.n_atoms,
     )
     write_statstem(folder / "columns.mat", of_average, result.element)
-    write_drift_csv(folder / "drift.csv", result.defocus, result.drift_px, result.drift_sd_px, result.distortion, result.distortion_sd)
+    write_drift_csv(folder / "drift.csv", result.defocus, result.drift_px, result.drift_sd_px, result.distortion, result.distortion_sd, result.images)
     write_xyz(folder / "structure.xyz", result.element, result.atoms, result.atom_sd, result.site_probability, result.column_of_atom, result.surface.coordination, result.gauge)
     write_json(folder / "surface.json", surface_as_dict(result.surface))
     write_netcdf(result.data, folder / "posterior.nc")

@@ -114,7 +114,7 @@ def test_images_that_unseen_columns_cover_are_left_out_and_named(library):
         with pytest.raises(InputError, match=r"2 of 4 images, at defocus -180, 180 Å, were left out: .* Take a wider field. A depth needs three images at least."):
             reconstruct([0, 2, 3, 5])
     assert mask[[0, -1]].mean() < pipeline.LEAST_SEEN < mask[1:-1].mean((1, 2)).min()
-    assert np.array_equal(found.defocus, foci[1:-1]) and len(found.stack) == len(found.drift_px) == 4
+    assert np.array_equal(found.images, [1, 2, 3, 4]) and np.array_equal(found.defocus, foci[1:-1]) and len(found.stack) == len(found.drift_px) == 4
     assert any("2 of 6 images, at defocus -180, 180 Å, were left out" in warning for warning in found.warnings)
     own = cKDTree(truth.positions).query(found.positions)[1]
     assert len(own) == 25 and np.array_equal(found.n_atoms, truth.n_atoms[own])

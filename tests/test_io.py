@@ -29,6 +29,8 @@ def test_drift_csv_has_the_columns_of_the_contract(tmp_path):
     lines = (tmp_path / "drift.csv").read_text().splitlines()
     assert lines[0] == "image,defocus_A,dx_px,dy_px,sd_px"
     assert lines[3] == "2,10,-1,-2.5,0.1"
+    io.write_drift_csv(tmp_path / "drift.csv", FOCI, np.zeros((3, 2)), np.full(3, 0.1), images=np.array([1, 2, 5]))
+    assert [line.split(",")[0] for line in (tmp_path / "drift.csv").read_text().splitlines()[1:]] == ["1", "2", "5"]
     scan = np.arange(12).reshape(3, 2, 2) / 100
     io.write_drift_csv(tmp_path / "drift.csv", FOCI, np.zeros((3, 2)), np.full(3, 0.1), scan, scan / 10)
     lines = (tmp_path / "drift.csv").read_text().splitlines()

@@ -38,7 +38,7 @@ def made_up(n_columns=16, **changes) -> Reconstruction:
     atoms = np.column_stack([positions[column], depth[column] + 4.08 * place])
     ends = column_ends(depth, sd, n, chance, 4.08)
     values = dict(
-        stack=rng.poisson(20, (len(defocus), *shape)), defocus=defocus, pixel_size=0.4, dose=np.full(len(defocus), 1e4), element="Au", spacing=4.08,
+        stack=rng.poisson(20, (len(defocus), *shape)), images=np.arange(len(defocus)), defocus=defocus, pixel_size=0.4, dose=np.full(len(defocus), 1e4), element="Au", spacing=4.08,
         drift_px=np.zeros((len(defocus), 2)), drift_sd_px=np.full(len(defocus), 0.1), drift_start_px=np.zeros((len(defocus), 2)), average_image=rng.random(shape),
         positions=positions, cross_section=0.02 * n, cross_section_sd=np.full(count, 1e-3), n_atoms=n, n_probability=chance, library_cross_section=cross, column_fit=None,
         mixture=gaussian_mixture_counts(cross, 3), hybrid=count_by_hybrid(0.02 * n, cross), ends=ends,

@@ -46,6 +46,7 @@ class Reconstruction:
     """Everything the pipeline found, as plain arrays; what report and files are written from."""
 
     stack: np.ndarray
+    images: np.ndarray  # numbers of those used, from 0 in the series given; all that belongs to images is of these
     defocus: np.ndarray
     pixel_size: float
     dose: np.ndarray
@@ -170,7 +171,7 @@ def reconstruct(
     Raises
     ------
     InputError
-        When the series has fewer than three foci, shows no columns, or columns brighter than the library.
+        When the series has fewer than three foci, or three images that columns beyond the field do not cover, shows no columns, or columns brighter than the library.
     """
     method = method or config.inference.method
     config = replace(config, inference=replace(config.inference, method=method))
@@ -317,6 +318,7 @@ def reconstruct(
     stages(None)
     return Reconstruction(
         stack=counts,
+        images=np.flatnonzero(seen),
         defocus=defocus,
         pixel_size=pixel,
         dose=dose,
